@@ -38,6 +38,13 @@ def missing_package_error(feature: str, error: ImportError, extra: str) -> Memtx
     return MemtxError(f"{feature} needs {error.name}.", f"Install it: pip install 'memtx[{extra}]'.")
 
 
+def pip_name(module: str) -> str:
+    """Return the name to install a module by: an extra of memtx, or the package, which may differ from the module."""
+    extras = {"datasets": "data", "pyarrow": "data", "faiss": "retrieval", "peft": "retrofit"}
+    packages = {"sklearn": "scikit-learn", "yaml": "pyyaml", "PIL": "pillow", "cv2": "opencv-python"}
+    return f"'memtx[{extras[module]}]'" if module in extras else packages.get(module, module)
+
+
 def closest_match(name: str, candidates: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the candidate closest to ``name``, or an empty string."""
     matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)

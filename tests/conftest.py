@@ -6,9 +6,13 @@ import os
 import signal
 from pathlib import Path
 
-import pytest
-import torch
-from hypothesis import settings
+from memtx.cli.main import shorten_openmp_spin
+
+shorten_openmp_spin(os.environ)  # before torch is loaded, as the commands do
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 # A process started in the background of a shell ignores Ctrl-C, and so would the processes that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

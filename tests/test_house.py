@@ -61,6 +61,7 @@ LIGHTNING_IMPORTERS = (
     "data/synthetic_tasks/data_module.py",
     "cli/fit.py",
     "cli/lightning_cli.py",
+    "cli/one_line_parser.py",
 )
 MAX_LINES = 400
 MAX_MEDIAN_LINES = 200

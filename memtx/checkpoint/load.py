@@ -15,10 +15,8 @@ from memtx import class_config, files, hf
 from memtx.checkpoint import pretrained
 from memtx.checkpoint.pretrained import PretrainedModel
 from memtx.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_from_json
-from memtx.errors import CheckpointError, MemtxError
+from memtx.errors import CheckpointError, DataError, MemtxError
 from memtx.models.memory_transformer import MemoryTransformer
-
-TOKENIZER_FILE = pretrained.SIDECAR_FILES["tokenizer"]
 
 ModelT = TypeVar("ModelT", bound=PretrainedModel)
 
@@ -89,19 +87,22 @@ def load_model_and_tokenizer(
 ) -> tuple[MemoryTransformer, Tokenizer]:
     """Load a memory transformer, in eval mode on the CPU, and its tokenizer; arguments as in :func:`load`.
 
-    A folder needs a tokenizer.json. Raises CheckpointError if the model is missing, damaged or of another class, or has
-    no tokenizer that fits it.
+    A folder needs a tokenizer.json, or vocab.json and merges.txt. Raises CheckpointError if the model is missing,
+    damaged or of another class, or has no tokenizer that fits it.
     """
     checkpoint = load(path, window)
     path, model = checkpoint.path, checkpoint.model_as(MemoryTransformer)
     is_folder = (path / pretrained.CONFIG_FILE).is_file()
-    if (text := checkpoint.sidecars.get("tokenizer")) is None:
-        raise CheckpointError(
-            f"'{path}' has no {TOKENIZER_FILE if is_folder else 'tokenizer in it'}.",
-            "Add the file." if is_folder else "Give a checkpoint of a run on texts, or a pretrained folder.",
-        )
+    text = checkpoint.sidecars.get("tokenizer")
+    if text is None and not is_folder:
+        message = f"'{path}' has no tokenizer in it."
+        raise CheckpointError(message, "Give a checkpoint of a run on texts, or a pretrained folder.")
     try:
-        tokenizer = load_tokenizer(path / TOKENIZER_FILE) if is_folder else tokenizer_from_json(text)
+        tokenizer = load_tokenizer(path) if is_folder or text is None else tokenizer_from_json(text)
+    except DataError as error:
+        if text is not None:
+            raise
+        raise CheckpointError(error.message, error.hint) from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"'{path}' has a damaged tokenizer: {error}.", "Restore it from a copy.") from error
     if tokenizer.vocab_size > model.vocab_size:

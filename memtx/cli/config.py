@@ -16,7 +16,7 @@ import yaml
 
 from memtx.cli.errors import MAX_MESSAGE_LENGTH, shorten_message
 from memtx.cli.options import decode_utf8
-from memtx.errors import MemtxError, closest_match
+from memtx.errors import MemtxError, closest_match, pip_name
 
 CONFIG_FILE = "config.yaml"
 CONFIG_OPTIONS = ("--config", "-c")
@@ -57,6 +57,25 @@ def uses_class_paths(argv: list[str]) -> bool:
     return any(isinstance(part, dict) and "class_path" in part for part in parts)
 
 
+class _DuplicateKeyError(yaml.MarkedYAMLError):
+    pass
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Loader that refuses a repeated key, of which YAML would use the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
+                name, mark = key_node.value, key_node.start_mark
+                if name in lines:
+                    problem = f"the key '{name}' occurs twice, first in line {lines[name]}"
+                    raise _DuplicateKeyError(problem=problem, problem_mark=mark)
+                lines[name] = mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
 def read_config(path: str) -> dict[str, Any]:
     """Read one config; raises MemtxError if it is missing, not UTF-8, not YAML, or not a mapping."""
     try:
@@ -67,20 +86,42 @@ def read_config(path: str) -> dict[str, Any]:
     except OSError as error:
         raise MemtxError(f"The config '{path}' cannot be read: {error.strerror}.", "Check --config.") from error
     try:
-        config = yaml.safe_load(text)
+        config = yaml.load(text, _UniqueKeyLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         location = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        message = f"'{path}'{location}: not YAML: {getattr(error, 'problem', None) or error}."
-        raise MemtxError(message, "Check that line and the line before it.") from error
+        reason = getattr(error, "problem", None) or str(error)
+        if isinstance(error, _DuplicateKeyError):
+            raise MemtxError(f"'{path}'{location}: {reason}.", "Remove one of them.") from error
+        hint = "Indent with spaces instead of tabs." if "\\t" in reason else "Check that line and the line before it."
+        raise MemtxError(f"'{path}'{location}: not YAML: {reason}.", hint) from error
+    if isinstance(config, dict) and not {"class_path", "architectures", "model_type"}.isdisjoint(config):
+        raise MemtxError(
+            f"'{path}' is the config of a model, not of training.", "Give a file such as those in configs/."
+        )
     if not isinstance(config, dict):
         kind = "nothing" if config is None else f"a {type(config).__name__}"
         raise MemtxError(f"The config '{path}' holds {kind}, expected keys such as data, model and trainer.")
     return config
 
 
-def check_config(path: str, config: Mapping[str, Any], known_keys: Iterable[str]) -> None:
-    """Raise MemtxError if a key is not in ``known_keys`` or a class does not exist; ``path`` is for messages."""
+def check_config(
+    path: str, config: Mapping[str, Any], known_keys: Iterable[str], other_keys: Mapping[str, Iterable[str]]
+) -> None:
+    """Raise MemtxError if a key is not in ``known_keys`` or a class does not exist.
+
+    Args:
+        path: Config file, for messages.
+        config: Content of the file.
+        known_keys: Keys of the command.
+        other_keys: Keys of the other commands.
+    """
+    known_keys = list(known_keys)
+    for key, keys_of in ((key, keys_of) for key in config for keys_of in other_keys.items()):
+        if key in ("fit", *other_keys) and isinstance(config[key], Mapping):
+            raise MemtxError(f"'{path}' has its options under '{key}'.", "Move them to the top level of the file.")
+        if key in keys_of[1] and key not in known_keys:
+            raise MemtxError(f"'{path}': '{key}' is an option of memtx {keys_of[0]} only.", "Remove it.")
     keys = {key for key in known_keys if key.rpartition(".")[2] not in ("help", "print_config", "==SUPPRESS==")}
     _check_keys(f"'{path}'", config, "", sorted(keys))
 
@@ -94,6 +135,10 @@ def _check_keys(location: str, config: Mapping[str, Any], prefix: str, known_key
         if any(known.startswith(f"{key}.") for known in known_keys):
             if isinstance(value, Mapping):
                 _check_keys(location, value, f"{key}.", known_keys)
+            elif key not in known_keys or (value is not None and not Path(str(value)).is_file()):
+                names = [known for known in known_keys if known.startswith(f"{key}.")]
+                hint = f"Set its keys, such as {names[0]}."
+                raise MemtxError(f"{location}: '{key}' is {_truncate(value)}, expected a mapping.", hint)
         elif key in known_keys:
             _check_class_config(location, value, key)
         else:
@@ -156,10 +201,13 @@ def find_class(class_path: str) -> Any:
     except ModuleNotFoundError as error:
         missing = error.name or module_name
         if not module_name.startswith(missing):
-            return f"needs '{missing}', which is not installed."
+            package = missing.partition(".")[0]
+            return f"needs '{missing}', which is not installed. Install it: pip install {pip_name(package)}"
         parent, _, last = missing.rpartition(".")
         if not parent:
-            return f"cannot be imported: there is no module '{missing}'. Is its folder in PYTHONPATH?"
+            hint = closest_match(missing, ("memtx", "torch", "lightning"))
+            hint = hint or f" Install it: pip install {pip_name(missing)}, or add your module's folder to PYTHONPATH."
+            return f"needs '{missing}', which is not installed.{hint}"
         siblings = pkgutil.iter_modules(getattr(importlib.import_module(parent), "__path__", ()))
         hint = closest_match(last, [sibling.name for sibling in siblings])
         return f"cannot be imported: there is no module '{missing}'.{hint}"

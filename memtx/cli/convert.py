@@ -22,6 +22,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         names = ", ".join(dropped[:MAX_NAMES_SHOWN]) + (", ..." if len(dropped) > MAX_NAMES_SHOWN else "")
         message += f" Dropped {len(dropped)} weights that the layout cannot hold ({names})."
     sys.stdout.write(f"{message}\n")
+    options.print_next_command("Serve it with", "serve", "--checkpoint", arguments.target)
 
 
 def main(argv: list[str]) -> int:

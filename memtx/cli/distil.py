@@ -101,6 +101,8 @@ def _report(arguments: argparse.Namespace) -> None:
         plot_model_comparison(arguments.plot, panels, [model.name for model in comparisons])
     students = [{**vars(student), **_compute_ratios(student, teacher)} for student in comparisons[1:]]
     options.write_json_output(arguments.json, {"teacher": vars(teacher), "students": students})
+    words = ("serve", "--checkpoint", arguments.student[0])
+    options.print_next_command("Serve the student with", *words, is_data=arguments.json == "-")
 
 
 def main(argv: list[str]) -> int:

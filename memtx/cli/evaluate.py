@@ -196,6 +196,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         plot_accuracy(arguments.plot, report.curves, chance_level=report.chance, title=task, x_label=report.x_label)
     settings = {name: getattr(arguments, name) for name in ("task", "checkpoint", "num_samples", "seed")}
     options.write_json_output(arguments.json, {**settings, **report.fields})
+    words = ("evaluate", *arguments.argv, "--plot", f"{task}.png")
+    if not arguments.plot:
+        options.print_next_command("Plot it with", *words, is_data=arguments.json == "-")
 
 
 def main(argv: list[str]) -> int:

@@ -35,6 +35,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         # As bytes, because the encoding of a terminal may not cover the text.
         sys.stdout.buffer.write(chunk.encode("utf-8", "replace"))
         sys.stdout.buffer.flush()
+    options.print_next_command("Serve the model with", "serve", *options.checkpoint_words(arguments), is_data=True)
 
 
 def main(argv: list[str]) -> int:
@@ -42,6 +43,7 @@ def main(argv: list[str]) -> int:
     parser = options.Parser("memtx generate", "Continue a prompt, or a text that `memtx read --session` has read.")
     add = parser.add_argument
     parser.add_model_options(window=True)
+    parser.add_parse_special_option()
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue, of any length")
     prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8 file with the prompt, or - for standard input")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import shutil
 import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any, Self
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -21,25 +20,13 @@ from lightning.pytorch.plugins import CheckpointIO
 from memtx import files
 from memtx.checkpoint import pretrained, recovery
 from memtx.checkpoint.training import AtomicCheckpointIO, BestCheckpoint, find_best_checkpoint
-from memtx.cli.config import (
-    CONFIG_FILE,
-    CONFIG_OPTIONS,
-    DEFAULT_RUN_DIR,
-    check_config,
-    find_class,
-    format_parser_error,
-    get_option_values,
-    read_config,
-    uses_class_paths,
-)
-from memtx.cli.errors import EXIT_USAGE_ERROR, print_error
+from memtx.cli.config import CONFIG_FILE, DEFAULT_RUN_DIR, find_class, get_option_values, uses_class_paths
+from memtx.cli.one_line_parser import OneLineParser, to_memtx_error
+from memtx.cli.options import command_line, print_next_command
 from memtx.data.books import BookDataModule
 from memtx.data.sources.corpus import PG19_HINT
 from memtx.data.tokenizers import tokenizer_from_json
 from memtx.errors import CheckpointError, DataError, MemtxError
-from memtx.layers.feed_forward import SwiGLU
-from memtx.memory.compressed import CompressedMemory
-from memtx.models.memory_transformer import MemoryTransformer
 from memtx.ops.cpu.cpu_info import choose_precision
 from memtx.training.base_module import BaseModule
 from memtx.training.callbacks.defaults import adapt_options
@@ -52,37 +39,6 @@ from memtx.training.optimizers import check_optimizer
 LAST_CHECKPOINT = "last.ckpt"
 CHECKPOINT_DIR = "checkpoints"
 PREDICTION_DIR = "predictions"
-
-
-class OneLineParser(LightningArgumentParser):
-    """Parser that reports an error as one line with the closest valid key and exits with code 2."""
-
-    # Shared by the class: nested parts get parsers of their own, whose errors name the file as well.
-    configs: ClassVar[dict[str, dict[str, Any]]] = {}
-
-    def parse_args(self, args: Any = None, *positional: Any, **keywords: Any) -> Any:
-        """Check the config files, then parse."""
-        if isinstance(args, list) and args and (parsers := self._subcommand_parsers()):
-            self.configs.clear()
-            for path in get_option_values(args, *CONFIG_OPTIONS) if args[0] in parsers else ():
-                self.configs[path] = read_config(path)
-                check_config(path, self.configs[path], [action.dest for action in parsers[args[0]]._actions])
-        return super().parse_args(args, *positional, **keywords)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Write one line on stderr and exit with code 2."""
-        error = _find_memtx_error(ex)
-        print_error(str(error) if error else format_parser_error(message, self.configs, self._known_keys()))
-        raise SystemExit(EXIT_USAGE_ERROR)
-
-    def _subcommand_parsers(self) -> dict[str, Any]:
-        return getattr(getattr(self, "_subcommands_action", None), "_name_parser_map", {})
-
-    def _known_keys(self) -> list[str]:
-        targets: list[Any] = [MemoryTransformer, CompressedMemory, SwiGLU, LanguageModule, BookDataModule, Trainer]
-        parameters = [name for target in targets for name in inspect.signature(target).parameters]
-        parsers = [self, *self._subcommand_parsers().values()]
-        return [action.dest for parser in parsers for action in parser._actions] + parameters
 
 
 class MemtxCLI(LightningCLI):
@@ -114,6 +70,8 @@ class MemtxCLI(LightningCLI):
         parser.add_argument("--traceback", action="store_true", help="Also print the traceback of an error.")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         if not self.subclass_mode_data:
+            # The user names the texts, so that a run without options does not train on the embedded ones.
+            parser.set_defaults({"data.root": None})
             parser.link_arguments("data.segment_length", "model.segment_length")
             parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
             return
@@ -138,7 +96,8 @@ class MemtxCLI(LightningCLI):
         """Find the checkpoint, and refuse to overwrite a run, before any work."""
         self._checkpoint: dict[str, Any] | None = None
         config = self.config[self.subcommand]
-        self._check_data_config(config)
+        if self.subcommand == "fit":
+            self._check_data_config(config)
         run_dir, checkpoint = Path(config.run_dir), config.get("ckpt_path")
         checkpoint_dir = run_dir / CHECKPOINT_DIR
         if self.subcommand == "fit":
@@ -163,6 +122,7 @@ class MemtxCLI(LightningCLI):
             raise CheckpointError(f"The checkpoint '{path}' does not exist.", "Check --ckpt_path.")
         self._checkpoint = pretrained.read_metadata(path)
         if self.subcommand != "fit":
+            self._check_data_config(config)
             self._restore_data_config(config, self._checkpoint)
         if self.subcommand == "predict" and config.return_predictions is None:
             config.return_predictions = False
@@ -181,7 +141,11 @@ class MemtxCLI(LightningCLI):
             if config.get(name) is None or "class_path" not in config[name]:
                 message = f"Only one of model and data has a class_path; '{name}' has none."
                 raise MemtxError(message, "Set both class paths, or neither.")
-        if get_data_options(config).get("root", "") is not None:
+        data_options = get_data_options(config)
+        if data_options.get("root", "") is not None:
+            return
+        if data_options.get("source") is not None:
+            data_options.root = "embedded"  # not read, as the source takes its place
             return
         from memtx.data.tasks.data_module import ExampleDataModule
         from memtx.data.tasks.examples import LAYOUT_HINT
@@ -192,6 +156,11 @@ class MemtxCLI(LightningCLI):
         # The comments at the top of a shipped config say where to get its data.
         paths = ", ".join(f"'{path}'" for path in OneLineParser.configs)
         source = f"; see the first lines of {paths}" if paths else ""
+        if not paths and self.subcommand == "fit":
+            hint = (
+                f"Train with: {command_line('fit', '--data.root', 'FOLDER')}, or --data.root embedded for Python's "
+                f"help texts, or --config FILE. {command_line('fit', '--help')} explains all options."
+            )
         raise DataError(f"data.root is not set, expected the folder of {content}{source}.", hint)
 
     def _restore_data_config(self, config: Any, checkpoint: dict[str, Any]) -> None:
@@ -211,7 +180,7 @@ class MemtxCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except Exception as error:  # of any class: null in place of a list is a TypeError
-            raise _to_memtx_error(error) from error
+            raise to_memtx_error(error) from error
         if self._checkpoint is not None:
             # Lightning restores the checkpoint later; check it before anything is written.
             checkpoint, self._checkpoint = self._checkpoint, None
@@ -263,7 +232,35 @@ class MemtxCLI(LightningCLI):
             _print_rank_zero(f"memtx: {reason}\n")
             return
         if self.trainer.is_global_zero and not config.trainer.fast_dev_run:
-            sys.stdout.write(f"The run is in '{config.run_dir}'. Test it with: memtx test --run_dir {config.run_dir}\n")
+            sys.stdout.write(f"The run is in '{config.run_dir}'. ")
+            print_next_command("Test it with", "test", "--run_dir", str(config.run_dir))
+
+    def after_validate(self) -> None:
+        """Print the command that tests the run."""
+        if self.trainer.is_global_zero:
+            print_next_command("Test it with", "test", *self._checkpoint_options())
+
+    def after_test(self) -> None:
+        """Print a command that uses the model."""
+        if self.trainer.is_global_zero:
+            self._print_use()
+
+    def _checkpoint_options(self) -> list[str]:
+        checkpoints = get_option_values(sys.argv[1:], "--ckpt_path")
+        option = ["--ckpt_path", checkpoints[-1]] if checkpoints else []
+        return ["--run_dir", str(self.config[self.subcommand].run_dir), *option]
+
+    def _print_use(self) -> None:
+        path = str(self.config[self.subcommand].ckpt_path)
+        sidecars = pretrained.read_sidecars(pretrained.resolve_model_path(path))
+        if not sidecars.keys().isdisjoint({"task", "summary"}):
+            print_next_command("Use it with", "predict", "--checkpoint", path, "--text", "TEXT")
+        elif not isinstance(self.model, LanguageModule):
+            print_next_command("Convert it to a model folder with", "convert", path, "FOLDER")
+        elif "tokenizer" in sidecars:
+            print_next_command("Read a text with", "read", "FILE", "--checkpoint", path)
+        else:
+            print_next_command("Measure its memory with", "evaluate", "--checkpoint", path, "--task", "recall")
 
     def _describe_untestable(self, run_dir: Path) -> str:
         """Return why `memtx test` cannot follow a fit; empty if it can."""
@@ -286,6 +283,7 @@ class MemtxCLI(LightningCLI):
         if self.trainer.is_global_zero:
             folder = Path(self.config[self.subcommand].run_dir) / PREDICTION_DIR
             sys.stdout.write(f"Metrics per document and surprisal per token are in '{folder}'.\n")
+            self._print_use()
 
     def _run_subcommand(self, subcommand: str) -> None:
         run_dir = Path(self.config[subcommand].run_dir)
@@ -297,8 +295,13 @@ class MemtxCLI(LightningCLI):
             has_started = self.trainer.global_step or any((run_dir / CHECKPOINT_DIR).glob("*"))
             if subcommand == "fit" and is_new and not has_started:
                 shutil.rmtree(run_dir, ignore_errors=True)
+<<<<<<< HEAD
             if isinstance(error, Exception) and _is_raised_by_options(error):
-                raise _to_memtx_error(error) from error
+                raise to_memtx_error(error) from error
+=======
+            if isinstance(error, MisconfigurationException):
+                raise to_memtx_error(error) from error
+>>>>>>> main
             if is_out_of_memory(error):
                 raise MemtxError(getattr(error, "__notes__", ["Out of memory."])[-1]) from error
             raise
@@ -349,6 +352,7 @@ def _to_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
+<<<<<<< HEAD
 def _is_raised_by_options(error: BaseException) -> bool:
     """Return whether Lightning, or an optimizer or schedule of torch, complains about an option of the user."""
     if isinstance(error, MisconfigurationException):
@@ -374,6 +378,8 @@ def _to_memtx_error(error: Exception) -> MemtxError:
     return MemtxError(lines[0] if lines else type(error).__name__, "Add --traceback to see where.")
 
 
+=======
+>>>>>>> main
 def _resolve_checkpoint(run_dir: Path, checkpoint: str) -> Path:
     if checkpoint == "best":
         return pretrained.find_checkpoint(run_dir)

@@ -7,6 +7,8 @@ import contextlib
 import importlib
 import json
 import re
+import shlex
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -55,6 +57,7 @@ class Parser(argparse.ArgumentParser):
     def run(self, argv: list[str], body: Callable[[argparse.Namespace], int | None]) -> int:
         """Parse the arguments, call ``body`` with them and return the exit code of :func:`run`."""
         arguments = self.parse(argv)
+        arguments.argv = argv
         return run(lambda: body(arguments), traceback=arguments.traceback)
 
     def error(self, message: str) -> NoReturn:
@@ -83,9 +86,15 @@ class Parser(argparse.ArgumentParser):
         if window:
             text = "tokens that a Hugging Face decoder sees exactly; defaults to as many as it was trained on"
             self.add_argument("--window", type=positive_int, metavar="N", help=text)
-        self.add_argument("--device", default="cpu", help="device to compute on, such as cpu, cuda or cuda:1")
+        text = "device to compute on, such as cpu, cuda or cuda:1; auto takes an accelerator if there is one"
+        self.add_argument("--device", default="auto", help=text)
         self.add_argument("--dtype", choices=DTYPES, help="dtype of weights and state; defaults to the checkpoint's")
         self.add_import_option()
+
+    def add_parse_special_option(self) -> None:
+        """Add ``--parse-special``."""
+        text = "read text that spells a special token, such as <|im_end|>, as that token"
+        self.add_argument("--parse-special", action="store_true", help=text)
 
     def add_import_option(self) -> None:
         """Add ``--import``."""
@@ -176,13 +185,20 @@ def get_placement(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return device and dtype as keywords of ``nn.Module.to``; raises MemtxError if the device cannot be used."""
     import torch
 
-    try:
-        device = torch.device(arguments.device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise MemtxError(f"--device {arguments.device} cannot be used: {reason}", "Try cpu.") from error
-    return {"device": device, "dtype": getattr(torch, arguments.dtype) if arguments.dtype else None}
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    best, reason = torch.accelerator.current_accelerator(check_available=True), ""
+    available = "cpu" if best is None else f"{best.type}, cpu"
+    for name in available.split(", ") if arguments.device == "auto" else [arguments.device]:
+        if reason:
+            sys.stderr.write(f"memtx: {available.partition(',')[0]} cannot be used ({reason}); using the CPU.\n")
+        try:
+            device = torch.device(name)
+            torch.ones(1, device=device, dtype=dtype).item()  # MPS has no float64, meta no values
+            return {"device": device, "dtype": dtype}
+        except (RuntimeError, AssertionError, TypeError) as error:
+            lines = str(error).partition("one of cpu, ")[0].splitlines()
+            reason = "there is no such device" if not lines or lines[0].endswith("Expected ") else lines[0].rstrip(".")
+    raise MemtxError(f"--device {arguments.device} cannot be used: {reason}.", f"Use auto, or one of: {available}.")
 
 
 @contextlib.contextmanager
@@ -254,7 +270,8 @@ def load_reader(arguments: argparse.Namespace) -> StreamReader:
     """Return a reader at the start of a text, with model and tokenizer from :func:`load_model`."""
     from memtx.inference.reader import StreamReader
 
-    return StreamReader(*load_model(arguments), arguments.segment_length)
+    parse_special = getattr(arguments, "parse_special", False)
+    return StreamReader(*load_model(arguments), arguments.segment_length, parse_special=parse_special)
 
 
 @contextlib.contextmanager
@@ -292,6 +309,31 @@ def print_table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
     for cells in lines:
         table.add_row(*cells)
     Console().print(table)
+
+
+def command_line(*words: str) -> str:
+    """Return a command line of this program, quoted for a shell; the program is named as it can be typed here."""
+    script = sys.argv[0]
+    is_module = script.endswith("__main__.py")
+    path = sys.executable if is_module else script
+    name = Path(path).name
+    is_on_path = not Path(path).exists() or (name and shutil.which(name) == str(Path(path).absolute()))
+    return shlex.join([name if is_on_path else path, *(["-m", "memtx"] if is_module else []), *words])
+
+
+def checkpoint_words(arguments: argparse.Namespace) -> list[str]:
+    """Return ``--checkpoint`` and ``--import`` as they were given, for the next command."""
+    modules = [word for module in arguments.modules for word in ("--import", module)]
+    return ["--checkpoint", arguments.checkpoint, *modules]
+
+
+def print_next_command(purpose: str, *words: str, is_data: bool = False, stderr: bool = False) -> None:
+    """Print the command to type next.
+
+    If ``is_data`` is True, stdout holds data for other programs: the line goes to stderr, and only to a terminal.
+    """
+    if not is_data or sys.stderr.isatty():
+        (sys.stderr if is_data or stderr else sys.stdout).write(f"{purpose}: {command_line(*words)}\n")
 
 
 def write_json_output(path: str | None, value: Any) -> None:

@@ -167,6 +167,8 @@ def _plan(arguments: argparse.Namespace, fit_arguments: list[str]) -> int:
     except SystemExit as error:  # the parser of `memtx fit` has printed the reason
         return error.code if isinstance(error.code, int) else EXIT_USAGE_ERROR
     sys.stdout.write(json.dumps(plan) + "\n" if arguments.json else format_plan(plan))
+    configs = [word for path in arguments.config for word in ("--config", path)]
+    options.print_next_command("Train with", "fit", *configs, *fit_arguments, is_data=arguments.json)
     return 0
 
 

@@ -67,6 +67,7 @@ def _predict(arguments: argparse.Namespace) -> None:
             lines.clear()
     if arguments.output is not None:
         files.write_text(arguments.output, "".join(lines))
+    options.print_next_command("Serve the model with", "serve", *options.checkpoint_words(arguments), is_data=True)
 
 
 def _predict_chunk(predictor: BasePredictor, inputs: list[Input]) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ def _build_tokenizer(name: str) -> Tokenizer:
     if not path.exists():
         hint = "Give byte, a vocabulary size, or the path of a tokenizer."
         raise DataError(f"The tokenizer '{name}' does not exist.", hint)
-    return load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+    return load_tokenizer(path)
 
 
 @contextlib.contextmanager
@@ -90,7 +90,7 @@ def _print_summary(corpus: TokenizedCorpus, notes: list[str], seconds: float, as
     if num_skipped := sum(counts["num_skipped"] for counts in corpus.splits.values()):
         sys.stdout.write(f"Skipped {num_skipped:,} documents without words.\n")
     sys.stdout.writelines(f"{note}\n" for note in notes)
-    sys.stdout.write(f"Train on it with: memtx fit --data.root {corpus.folder}\n")
+    options.print_next_command("Train on it with", "fit", "--data.root", str(corpus.folder))
 
 
 def _prepare(arguments: argparse.Namespace) -> None:

@@ -114,6 +114,10 @@ def _read(arguments: argparse.Namespace) -> None:
 
         title = Path(arguments.book).stem if arguments.book != "-" else book.name
         plot_surprisal(arguments.plot, report.surprisal_curve.points(), report.position_curve.points(), title=title)
+    source = ["--session", session] if session else ["--prompt-file", arguments.book]
+    if session or arguments.book != "-":
+        words = ("generate", *options.checkpoint_words(arguments), *source)
+        options.print_next_command("Continue the text with", *words, is_data=arguments.json, stderr=True)
 
 
 def _read_book(book: _Book, reader: StreamReader, report: ReadingReport, interrupts: list[int]) -> float:
@@ -159,6 +163,7 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("book", help="UTF-8 text file, or - for standard input")
     parser.add_model_options(window=True)
+    parser.add_parse_special_option()
     add("--report-every", type=options.non_negative_int, default=10_000, help="tokens per report line; 0 disables it")
     add("--json", action="store_true", help="print one JSON object instead of the report")
     add("--plot", type=options.output_path, metavar="PNG", help="plot surprisal along the text")

@@ -69,12 +69,8 @@ class HFTokenizer(BackendTokenizer):
         """Return the tokens of whole texts, without special tokens; raises DataError for a lone surrogate."""
         for text in texts:
             encode_utf8(text)
-        encodings = self._require_backend().encode_batch(list(texts), add_special_tokens=False)
+        encodings = self._encoding_backend().encode_batch(list(texts), add_special_tokens=False)
         return [_to_encoding(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids, without special tokens, as the library spells it."""
-        return str(self._require_backend().decode([int(token_id) for token_id in ids], skip_special_tokens=True))
 
 
 class WordPieceTokenizer(HFTokenizer):

@@ -53,7 +53,7 @@ class ShardWriter:
         self._columns = {name: array("q") for name in ("lengths", "words", "bytes")}
 
     def write_document(self, document: Document, on_progress: ProgressCallback) -> None:
-        """Append ``bos_token_id`` and the tokens of a document; skip a table row without words.
+        """Append ``bos_token_id``, if there is one, and the tokens of a document; skip a table row without words.
 
         Raises DataError if the text is not UTF-8 or has no words.
         """
@@ -71,7 +71,7 @@ class ShardWriter:
                 yield text
                 on_progress(counter.num_bytes - before)
 
-        bos = np.array([self._tokenizer.bos_token_id])
+        bos = np.array(self._tokenizer.bos_token_ids, dtype=np.int64)
         for ids in itertools.chain([bos], self._tokenizer.encode_stream(read_text())):
             raw = np.asarray(ids).astype(self._dtype).tobytes()
             self._file.write(raw)
@@ -113,7 +113,7 @@ def is_complete_shard(path: Path, input_fingerprint: str) -> bool:
 
 
 class TokenStore:
-    """The tokens of one split, memory-mapped: document i is ``[bos_token_id, text tokens...]``.
+    """The tokens of one split, memory-mapped: document i is ``[bos_token_id, tokens...]``, or the tokens alone.
 
     Raises DataError if the folder (which :func:`write_index` closed) holds no store or one of another version, its
     index or metadata is damaged, or a shard is missing or cut short.
@@ -129,7 +129,7 @@ class TokenStore:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         index = _read_index(self.folder)
-        self.bos_token_id: int = index["bos_token_id"]
+        self.bos_token_id: int | None = index["bos_token_id"]
         self.vocab_size: int = index["vocab_size"]
         self.tokenizer_fingerprint: str = index["tokenizer"]
         self.fingerprint: str = index["fingerprint"]

@@ -112,12 +112,15 @@ def read_batch(
 ) -> Batch:
     """Return offsets ``start`` to ``stop`` of some streams of a plan, in this order.
 
-    Positions past the end of a stream, or from ``end_offset`` on, are padding: each is ``bos_token_id`` with a document
-    start of its own and no label, so it changes nothing before it and is counted nowhere. An endless plan must reach
-    ``stop``.
+    Positions past the end of a stream, or from ``end_offset`` on, are padding: each is ``bos_token_id`` (or 0) with a
+    document start of its own and no label, so it changes nothing before it and is counted nowhere. An endless plan must
+    reach ``stop``.
     """
     shape = len(streams), stop - start
-    tokens, labels = np.full(shape, store.bos_token_id, dtype=np.int64), np.full(shape, IGNORE_INDEX, dtype=np.int64)
+    tokens, labels = (
+        np.full(shape, store.bos_token_id or 0, dtype=np.int64),
+        np.full(shape, IGNORE_INDEX, dtype=np.int64),
+    )
     document_starts = np.ones(shape, dtype=np.bool_)
     num_words, num_bytes = np.zeros(len(streams), dtype=np.int64), np.zeros(len(streams), dtype=np.int64)
     for row, stream in enumerate(streams):

@@ -1,113 +1,47 @@
-"""Tokenizers: text to ids and back, with one extra id that begins every document.
+"""Tokenizers: text to ids and back, with an extra id that begins every document.
 
-Text is encoded chunk by chunk (:mod:`memtx.data.text_chunks`), so ids never depend on how a text arrived. A text that
-happens to spell a special token is plain text.
+A text is encoded in chunks (:mod:`memtx.data.safe_cuts`), however it arrives, and its ids are those that the
+``tokenizers`` library gives for all of it at once. A text that happens to spell a special token is plain text, unless
+special tokens are parsed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from memtx import files
+from memtx.data.base_tokenizer import ChunkEncoder, EncodedChunk, TextEncoder, TokenIds, Tokenizer
 from memtx.data.encodings import encode_utf8
 from memtx.data.end_tokens import read_eos_token_ids
-from memtx.data.text_chunks import TextSplitter, split_text
+from memtx.data.safe_cuts import CutFinder, SafeSplitter, TextChunk
+from memtx.data.text_chunks import split_text
+from memtx.data.token_decoder import TextDecoder, TokenSpeller
+from memtx.data.tokenizer_files import (
+    TOKENIZER_FILE,
+    encoding_backend,
+    parse_backend,
+    read_backend,
+    read_bos_token_id,
+    read_text,
+)
 from memtx.errors import DataError, MemtxError
 
-TokenIds = NDArray[np.integer[Any]]
+__all__ = ["BackendTokenizer", "BytePairTokenizer", "ByteTokenizer", "SpecialTokenId", "TokenIds", "Tokenizer"]
+__all__ += ["load_tokenizer", "tokenizer_from_json"]
 
 FORMAT, FORMAT_VERSION = "memtx.tokenizer", 1
 HF_FORMAT, HF_FORMAT_VERSION = "memtx.hf_tokenizer", 2
 _FORMAT_VERSIONS = {FORMAT: FORMAT_VERSION, HF_FORMAT: HF_FORMAT_VERSION}
 BOS_TOKEN = "<|begin|>"
-EOS_KEY = "eos_token_ids"
-
-
-class Tokenizer(ABC):
-    """Base of all tokenizers. Ids are below ``vocab_size``; ``bos_token_id`` begins every document and is no text.
-
-    Attributes:
-        eos_token_ids: Ids at which a generated text ends; empty if the model was not trained to end a text.
-    """
-
-    eos_token_ids: frozenset[int] = frozenset()
-
-    @property
-    @abstractmethod
-    def vocab_size(self) -> int:
-        """Number of embeddings a model needs: one more than the largest id."""
-
-    @property
-    @abstractmethod
-    def bos_token_id(self) -> int:
-        """Id that begins a document."""
-
-    @abstractmethod
-    def encode_chunk(self, chunk: str) -> TokenIds:
-        """Return the ids of one chunk, ``(tokens,)`` of an integer dtype; raises DataError for a lone surrogate."""
-
-    @abstractmethod
-    def token_bytes(self, token_id: int) -> bytes:
-        """Return the UTF-8 bytes of a token (maybe part of a character); empty for ``bos_token_id``.
-
-        Raises DataError if the id is not below ``vocab_size``.
-        """
-
-    @abstractmethod
-    def to_json(self) -> str:
-        """Return the whole tokenizer as JSON text, which :func:`tokenizer_from_json` reads."""
-
-    @property
-    def is_trained(self) -> bool:
-        """True if it can encode; False if it must be trained first."""
-        return True
-
-    def train(self, texts: Iterable[str]) -> None:  # noqa: B027  (most kinds have nothing to learn)
-        """Learn the vocabulary from texts, if there is one to learn; the same texts give the same ids."""
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of :meth:`to_json`; equal only for tokenizers that give the same ids."""
-        return hashlib.sha256(self.to_json().encode("utf-8")).hexdigest()
-
-    def encode_chunks(self, chunks: Sequence[str]) -> list[TokenIds]:
-        """Return the ids of several chunks, each as :meth:`encode_chunk` gives them."""
-        return [self.encode_chunk(chunk) for chunk in chunks]
-
-    def encode(self, text: str) -> TokenIds:
-        """Return the ids of a text, ``(tokens,)``, without ``bos_token_id``."""
-        return _concatenate(self.encode_chunks(split_text(text)))
-
-    def encode_stream(self, texts: Iterable[str]) -> Iterator[TokenIds]:
-        """Encode a text that arrives in any portions, in bounded memory; the ids joined equal :meth:`encode`."""
-        splitter = TextSplitter()
-        for text in texts:
-            if chunks := splitter.feed(text):
-                yield _concatenate(self.encode_chunks(chunks))
-        if chunks := splitter.flush():
-            yield _concatenate(self.encode_chunks(chunks))
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
-        return b"".join(self.token_bytes(int(token_id)) for token_id in ids).decode("utf-8", errors="replace")
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the tokenizer to a file, atomically."""
-        files.write_text(path, self.to_json())
-
-    def _check_token_id(self, token_id: int) -> None:
-        if not 0 <= token_id < self.vocab_size:
-            message = f"Token {token_id} is not in the vocabulary, expected 0 to {self.vocab_size - 1}."
-            raise DataError(message, "Use the tokenizer that made it.")
+_EARLIER_BOS_TOKENS = ("<|begin_of_text|>", "<|endoftext|>", "<s>", "<bos>", "[CLS]")
+BOS_KEY, EOS_KEY = "bos_token_id", "eos_token_ids"
 
 
 class ByteTokenizer(Tokenizer):
@@ -120,7 +54,7 @@ class ByteTokenizer(Tokenizer):
         """Return the UTF-8 bytes of a chunk, ``(bytes,)`` uint16."""
         return np.frombuffer(encode_utf8(chunk), dtype=np.uint8).astype(np.uint16)
 
-    def encode_stream(self, texts: Iterable[str]) -> Iterator[TokenIds]:
+    def encode_stream(self, texts: Iterable[str], *, parse_special: bool = False) -> Iterator[TokenIds]:
         """Encode a text that arrives in any portions; bytes need no chunks."""
         return map(self.encode_chunk, texts)
 
@@ -149,24 +83,25 @@ class BackendTokenizer(Tokenizer):
         self._vocab_size = vocab_size
         self._special_token_ids: dict[str, int] = {}
         if path is not None:
-            self._set_backend(_parse_backend(_read_tokenizer_file(path), str(path)))
-            vocabulary = self._require_backend().get_vocab(with_added_tokens=True)
-            self.eos_token_ids = read_eos_token_ids(Path(path).parent, vocabulary)
+            self._set_backend(read_backend(path))
+            folder = Path(path) if Path(path).is_dir() else Path(path).parent
+            self._read_files(folder)
+
+    def _read_files(self, folder: Path) -> None:
+        """Read what the files beside the tokenizer say of it."""
+        self.eos_token_ids = read_eos_token_ids(folder, self._require_backend().get_vocab(with_added_tokens=True))
 
     @classmethod
     def from_backend_json(cls, text: str, vocab_size: int) -> Self:
         """Return a trained tokenizer from the library's JSON text and its own vocabulary size."""
         tokenizer = cls.__new__(cls)
         BackendTokenizer.__init__(tokenizer, vocab_size)
-        tokenizer._set_backend(_parse_backend(text, "the tokenizer"))
+        tokenizer._set_backend(parse_backend(text, "the tokenizer"))
         return tokenizer
 
     def _set_backend(self, backend: Any) -> None:
         from tokenizers import AddedToken
 
-        # Truncation and padding are not the tokenizer's to decide.
-        backend.no_truncation()
-        backend.no_padding()
         vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         for name, spellings in self.SPECIAL_TOKENS.items():
             token = next((token for token in spellings if token in vocabulary), None)
@@ -175,12 +110,25 @@ class BackendTokenizer(Tokenizer):
                 backend.add_special_tokens([AddedToken(token, special=True)])
                 vocabulary = backend.get_vocab(with_added_tokens=True)
             self._special_token_ids[name] = vocabulary[token]
-        # A text that spells a special token is text.
-        backend.encode_special_tokens = True
+        if not vocabulary:
+            raise DataError("The tokenizer has an empty vocabulary.", "Give a trained one.")
         self._backend = backend
         self._vocab_size = max(self._vocab_size, max(vocabulary.values()) + 1)
-        self._id_to_bytes = _build_id_to_bytes(backend, vocabulary)
-        self._id_to_bytes.update(dict.fromkeys(self._special_token_ids.values(), b""))
+        self._build()
+
+    def _build(self) -> None:
+        """Build what encodes and decodes: the library's object for texts, its cuts and the spelling of tokens."""
+        text = self._backend.to_str()
+        description = json.loads(text)
+        self._speller = TokenSpeller(self._backend, description)
+        for token_id in self._special_token_ids.values():
+            self._speller.hide(token_id)
+        self._finders = {False: self._build_finder(text, description, parse_special=False)}
+
+    def _build_finder(self, text: str, description: Mapping[str, Any], *, parse_special: bool) -> CutFinder:
+        tokens = self._backend.get_added_tokens_decoder().values()
+        added_tokens = {token.content: token.normalized for token in tokens if parse_special or not token.special}
+        return CutFinder(encoding_backend(text, parse_special=parse_special), description, added_tokens)
 
     @property
     def is_trained(self) -> bool:
@@ -193,28 +141,76 @@ class BackendTokenizer(Tokenizer):
         return self._vocab_size
 
     def encode_chunk(self, chunk: str) -> TokenIds:
-        """Return the ids of one chunk, ``(tokens,)`` uint32."""
-        return self.encode_chunks([chunk])[0]
+        """Return the ids of a text encoded at once, ``(tokens,)`` uint32."""
+        return self._encode_chunks([TextChunk(chunk)])[0]
 
-    def encode_chunks(self, chunks: Sequence[str]) -> list[TokenIds]:
-        """Return the ids of several chunks, encoded in parallel by the library, each ``(tokens,)`` uint32."""
+    def encoder(self, *, pending: str = "", continues: bool = False, parse_special: bool = False) -> TextEncoder:
+        """Return an encoder of one text, whose chunks the library encodes in parallel; ids are uint32."""
+        splitter = SafeSplitter(self._finder(parse_special), pending, continues)
+        return ChunkEncoder(splitter, lambda chunks: self._encode_chunks(chunks, parse_special))
+
+    def _finder(self, parse_special: bool) -> CutFinder:
+        self._require_backend()
+        if parse_special not in self._finders:
+            text = self._backend.to_str()
+            self._finders[parse_special] = self._build_finder(text, json.loads(text), parse_special=parse_special)
+        return self._finders[parse_special]
+
+    def _encoding_backend(self) -> Any:
+        """Return the library's object that encodes texts: special tokens are plain, offsets not trimmed."""
+        return self._finder(parse_special=False).backend
+
+    def _encode_chunks(self, chunks: Sequence[TextChunk], parse_special: bool = False) -> list[TokenIds]:
         try:
-            encodings = self._require_backend().encode_batch_fast(list(chunks), add_special_tokens=False)
+            encoded = self._finder(parse_special).encode(chunks)
         except (TypeError, UnicodeEncodeError):
             for chunk in chunks:
-                encode_utf8(chunk)
+                encode_utf8(chunk.text)
             raise
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        return [np.array(encoding.ids[tokens], dtype=np.uint32) for encoding, tokens in encoded]
+
+    def align(self, encoded: EncodedChunk) -> list[bytes]:
+        """Return the bytes of the text that each token of a chunk stands for; they add up to the chunk."""
+        chunk, ids = encoded
+        contents = super().align(encoded)
+        if b"".join(contents) == chunk.text.encode("utf-8"):
+            return contents
+        for parse_special in (False, True):
+            ((encoding, tokens),) = self._finder(parse_special).encode([chunk], with_offsets=True)
+            if encoding.ids[tokens] == ids.tolist():
+                token_starts = [start - len(chunk.left) for start, _ in encoding.offsets[tokens]]
+                return _cut_at(chunk.text, token_starts)
+        raise AssertionError("the ids are not those of the chunk")
+
+    def decoder(self, *, continues: bool = False, pending: bytes = b"") -> TextDecoder:
+        """Return a decoder of the tokens of one text, as they come, by the decoder of the library."""
+        self._require_backend()
+        return self._speller.decoder(continues=continues, pending=pending)
+
+    def token_contents(self, ids: Sequence[int], *, continues: bool) -> list[bytes]:
+        """Return the bytes of each token of a text, or of a part of one that ``continues`` other tokens."""
+        contents = [self._speller.token_bytes(token_id) for token_id in ids]
+        if contents and not continues:
+            contents[0] = self._speller.first_token_bytes(ids[0])
+        return contents
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of a token; empty for special tokens and for ids that training did not reach."""
         self._require_backend()
         self._check_token_id(token_id)
-        return self._id_to_bytes.get(token_id, b"")
+        return self._speller.token_bytes(token_id)
 
     def to_json(self) -> str:
         """Return the vocabulary size, the end tokens and the library's JSON as one JSON text."""
         return self._to_json({EOS_KEY: sorted(self.eos_token_ids)} if self.eos_token_ids else {})
+
+    def _restore(self, description: Mapping[str, Any]) -> None:
+        """Restore what :meth:`to_json` wrote beside the library's JSON."""
+        eos_token_ids = description.get(EOS_KEY, [])
+        if not isinstance(eos_token_ids, list) or not all(isinstance(token_id, int) for token_id in eos_token_ids):
+            message = f"The tokenizer's {EOS_KEY} is {eos_token_ids!r}, expected ids."
+            raise DataError(message, "Restore it from a copy.")
+        self.eos_token_ids = frozenset(eos_token_ids)
 
     @property
     def fingerprint(self) -> str:
@@ -235,14 +231,14 @@ class BackendTokenizer(Tokenizer):
         return self._backend
 
     def __getstate__(self) -> dict[str, Any]:
-        # The library's object pickles without `encode_special_tokens`.
-        return {**vars(self), "_backend": self._backend.to_str() if self.is_trained else None}
+        names = [name for name in vars(self) if name not in ("_speller", "_finders")]
+        return {**{name: vars(self)[name] for name in names}, "_backend": self.is_trained and self._backend.to_str()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        if self._backend is not None:
-            self._backend = _parse_backend(self._backend, "the tokenizer")
-            self._backend.encode_special_tokens = True
+        self._backend = parse_backend(state["_backend"], "the tokenizer") if state["_backend"] else None
+        if self.is_trained:
+            self._build()
 
 
 class SpecialTokenId:
@@ -264,12 +260,11 @@ class BytePairTokenizer(BackendTokenizer):
     Args:
         vocab_size: Number of ids to train, with the 256 bytes and ``<|begin|>``; at least 257. A small corpus may yield
             fewer, the vocabulary size stays as requested. Not used with ``path``.
-        path: A ``tokenizer.json`` of the ``tokenizers`` library (any Hugging Face one), whose ids are kept. The begin
-            token is ``<|begin|>``, ``<|begin_of_text|>``, ``<|endoftext|>``, ``<s>``, ``<bos>`` or ``[CLS]``, whichever
-            it has, or ``<|begin|>`` as a new last id.
+        path: A ``tokenizer.json`` of the ``tokenizers`` library (any Hugging Face one) or its folder, whose ids are
+            kept. The files of the folder decide whether there is a begin token; None is added.
     """
 
-    SPECIAL_TOKENS = {"bos": (BOS_TOKEN, "<|begin_of_text|>", "<|endoftext|>", "<s>", "<bos>", "[CLS]")}  # noqa: RUF012
+    SPECIAL_TOKENS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     JSON_HEADER = {"format": FORMAT, "version": FORMAT_VERSION, "kind": "bpe"}  # noqa: RUF012
 
     def __init__(self, vocab_size: int = 8192, path: str | None = None) -> None:
@@ -279,9 +274,33 @@ class BytePairTokenizer(BackendTokenizer):
         super().__init__(vocab_size if path is None else 0, path)
 
     @property
-    def bos_token_id(self) -> int:
-        """Id of the begin token: 0 in a trained tokenizer."""
-        return self._special_token_ids["bos"] if self.is_trained else 0
+    def bos_token_id(self) -> int | None:
+        """Id of the begin token: 0 in a trained tokenizer, None if the files name none."""
+        return self._bos_token_id if self.is_trained else 0
+
+    def _read_files(self, folder: Path) -> None:
+        super()._read_files(folder)
+        self._set_bos_token(read_bos_token_id(folder, self._backend), from_files=True)
+
+    def _set_bos_token(self, token_id: int | None, *, from_files: bool) -> None:
+        self._bos_token_id, self._bos_from_files = token_id, from_files
+        self._hide_bos_token()
+
+    def _hide_bos_token(self) -> None:
+        if self._bos_token_id is not None:
+            self._speller.hide(self._bos_token_id)
+
+    def _to_json(self, options: Mapping[str, Any]) -> str:
+        return super()._to_json({**({BOS_KEY: self._bos_token_id} if self._bos_from_files else {}), **options})
+
+    def _restore(self, description: Mapping[str, Any]) -> None:
+        super()._restore(description)
+        if BOS_KEY in description:
+            self._set_bos_token(description[BOS_KEY], from_files=True)
+            return
+        # Earlier releases took the first of these, or added it.
+        ids = map(self._backend.token_to_id, (BOS_TOKEN, *_EARLIER_BOS_TOKENS))
+        self._set_bos_token(next((token_id for token_id in ids if token_id is not None), None), from_files=False)
 
     def train(self, texts: Iterable[str]) -> None:
         """Train on texts in any portions, each split into chunks; does nothing if the tokenizer is trained."""
@@ -301,6 +320,7 @@ class BytePairTokenizer(BackendTokenizer):
         )
         backend.train_from_iterator((chunk for text in texts for chunk in split_text(text)), trainer=trainer)
         self._set_backend(backend)
+        self._set_bos_token(backend.token_to_id(BOS_TOKEN), from_files=False)
 
 
 def tokenizer_from_json(text: str) -> Tokenizer:
@@ -330,67 +350,27 @@ def tokenizer_from_json(text: str) -> Tokenizer:
     if not isinstance(vocab_size := value.get("vocab_size"), int):
         raise DataError(f"The tokenizer's vocab_size is {vocab_size}, expected a number.", "Restore it from a copy.")
     tokenizer = tokenizer_class.from_backend_json(json.dumps(value.get("model")), vocab_size)
-    eos_token_ids = value.get(EOS_KEY, [])
-    if not isinstance(eos_token_ids, list) or not all(isinstance(token_id, int) for token_id in eos_token_ids):
-        raise DataError(f"The tokenizer's {EOS_KEY} is {eos_token_ids!r}, expected ids.", "Restore it from a copy.")
-    tokenizer.eos_token_ids = frozenset(eos_token_ids)
+    tokenizer._restore(value)
     return tokenizer
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Read a file of :meth:`Tokenizer.save` or any ``tokenizer.json``; raises DataError if it is missing or neither."""
-    text = _read_tokenizer_file(path)
-    try:
-        return tokenizer_from_json(text)
-    except MemtxError:
-        if '"format": "memtx.' in text:
-            raise
+    """Read a file of :meth:`Tokenizer.save`, any ``tokenizer.json``, or the folder of either.
+
+    Raises DataError if it is missing or no tokenizer that can be read.
+    """
+    file = Path(path) / TOKENIZER_FILE if Path(path).is_dir() else Path(path)
+    if file.is_file() and file.suffix != ".model":
+        text = read_text(file)
+        try:
+            return tokenizer_from_json(text)
+        except MemtxError:
+            if '"format": "memtx.' in text:
+                raise
     return BytePairTokenizer(path=str(path))
 
 
-def _concatenate(parts: list[TokenIds]) -> TokenIds:
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint16)
-
-
-def _read_tokenizer_file(path: str | os.PathLike[str]) -> str:
-    try:
-        return Path(path).read_bytes().decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"The tokenizer '{path}' cannot be read: {error}.", "Check the path.") from error
-
-
-def _parse_backend(text: str, name: str) -> Any:
-    """Return the library's tokenizer from the text of a ``tokenizer.json``; raises DataError."""
-    from tokenizers import Tokenizer as Backend
-
-    try:
-        return Backend.from_str(text)
-    except Exception as error:  # the library raises bare Exception
-        message = f"'{name}' is not a tokenizer.json: {error}."
-        raise DataError(message, "Give a file of the tokenizers library.") from error
-
-
-def _build_id_to_bytes(backend: Any, vocabulary: dict[str, int]) -> dict[int, bytes]:
-    """Return the bytes of every id from its spelling: byte-level, WordPiece's (``##``) or SentencePiece's."""
-    decoder = json.dumps(json.loads(backend.to_str()).get("decoder"))
-    alphabet, added = _byte_alphabet(), set(backend.get_added_tokens_decoder())
-    id_to_bytes: dict[int, bytes] = {}
-    for token, token_id in vocabulary.items():
-        if token_id in added:
-            id_to_bytes[token_id] = token.encode("utf-8")
-        elif '"ByteLevel"' in decoder:
-            id_to_bytes[token_id] = bytes(alphabet[letter] for letter in token if letter in alphabet)
-        elif '"WordPiece"' in decoder:
-            id_to_bytes[token_id] = (token[2:] if token.startswith("##") else f" {token}").encode("utf-8")
-        elif len(token) == 6 and token.startswith("<0x"):
-            id_to_bytes[token_id] = bytes([int(token[3:5], 16)])
-        else:
-            id_to_bytes[token_id] = token.replace("\u2581", " ").encode("utf-8")
-    return id_to_bytes
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Return GPT-2's spelling of the 256 bytes: printable Latin-1 as it is, the rest from U+0100 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+def _cut_at(text: str, token_starts: Sequence[int]) -> list[bytes]:
+    """Return the parts of a text from each start to the next; the first has the text before it too."""
+    borders = [0, *np.maximum.accumulate(np.clip(token_starts[1:], 0, len(text))).tolist(), len(text)]
+    return [text[start:end].encode("utf-8") for start, end in itertools.pairwise(borders)] if len(token_starts) else []

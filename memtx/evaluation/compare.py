@@ -168,7 +168,7 @@ class TextBatch:
         """Build a batch from the first ``max_length`` tokens of each document; raises DataError if all are empty."""
         sequences = []
         for document in documents:
-            ids = [tokenizer.bos_token_id]
+            ids = tokenizer.bos_token_ids
             for chunk in tokenizer.encode_stream(document.iter_text()):
                 ids += chunk.tolist()
                 if len(ids) > max_length:
@@ -180,7 +180,7 @@ class TextBatch:
         ids_batch = pad_sequence(sequences, batch_first=True, padding_value=IGNORE_INDEX)
         sizes = torch.tensor([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
         tokens, labels = ids_batch[:, :-1], ids_batch[:, 1:]
-        tokens = torch.where(tokens == IGNORE_INDEX, tokenizer.bos_token_id, tokens)
+        tokens = torch.where(tokens == IGNORE_INDEX, tokenizer.pad_id, tokens)
         return cls(tokens, labels, torch.where(labels == IGNORE_INDEX, 0, sizes[labels.clamp(min=0)]))
 
 

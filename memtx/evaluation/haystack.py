@@ -101,12 +101,14 @@ class Haystack:
 def read_contexts(
     model: RecurrentLanguageModel,
     contexts: Sequence[TokenIds],
-    bos_token_id: int,
+    bos_token_id: int | None,
     segment_length: int = 512,
     on_progress: ProgressFn = lambda _: None,
 ) -> MemoryState:
     """Return the state after contexts of ``(length,)`` tokens, read as one batch with ``bos_token_id`` before each."""
-    tokens = np.pad(np.stack(contexts), ((0, 0), (1, 0)), constant_values=bos_token_id)
+    tokens = np.stack(contexts)
+    if bos_token_id is not None:
+        tokens = np.pad(tokens, ((0, 0), (1, 0)), constant_values=bos_token_id)
     state = model.init_state(len(tokens))
     for start in range(0, tokens.shape[1], segment_length):
         segment = torch.from_numpy(tokens[:, start : start + segment_length]).to(state.position.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -132,8 +131,17 @@ class TokenGenerator:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, last_token: int, recent_tokens: Sequence[int], config: GenerationConfig
+        self,
+        tokenizer: Tokenizer,
+        last_token: int | None,
+        recent_tokens: Sequence[int],
+        config: GenerationConfig,
+        *,
+        incomplete_bytes: bytes = b"",
     ) -> None:
+        if last_token is None:
+            message = "There is no text to continue, and the tokenizer has no begin token."
+            raise MemtxError(message, "Give a prompt.")
         self.tokenizer, self.config = tokenizer, config
         self.next_token, self.num_generated = last_token, 0
         self.finish_reason: FinishReason | None = None if config.max_tokens else "length"
@@ -144,7 +152,7 @@ class TokenGenerator:
         self._end_token_ids = {*config.stop_token_ids, *(() if config.ignore_eos else tokenizer.eos_token_ids)}
         # No text but an end, so a model may always predict them, even one that is also the begin token.
         self._silent_token_ids = self._end_token_ids | set(tokenizer.eos_token_ids)
-        self._utf8_decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder = tokenizer.decoder(continues=last_token != tokenizer.bos_token_id, pending=incomplete_bytes)
         self._generator = torch.Generator().manual_seed(config.seed)
         self._num_decoded_chars = self._num_emitted_chars = 0
         self._pending_logprobs: deque[TokenLogprob] = deque()
@@ -153,8 +161,9 @@ class TokenGenerator:
         """Choose a token by the ``(vocab,)`` logits after ``next_token``; return the text that it completes."""
         logits = logits.detach().float().cpu()
         allowed = logits.clone()
-        if self.tokenizer.bos_token_id not in self._silent_token_ids:
-            allowed[self.tokenizer.bos_token_id] = -math.inf
+        for token_id in self.tokenizer.bos_token_ids:
+            if token_id not in self._silent_token_ids:
+                allowed[token_id] = -math.inf
         # The model's vocabulary may be padded beyond the tokenizer's.
         allowed[self.tokenizer.vocab_size :] = -math.inf
         if self.num_generated < self.config.min_tokens:
@@ -166,11 +175,10 @@ class TokenGenerator:
         self.num_generated += 1
         if self.next_token in self._end_token_ids:
             self.finish_reason = "stop"
-            return self._to_delta(b"")
+            return self._to_delta(None)
         if self.config.logprobs is not None:
             self._pending_logprobs.append(self._token_logprob(logits, allowed, self.config.logprobs))
-        is_silent = self.next_token in self._silent_token_ids
-        return self._to_delta(b"" if is_silent else self.tokenizer.token_bytes(self.next_token))
+        return self._to_delta(None if self.next_token in self._silent_token_ids else self.next_token)
 
     def _token_logprob(self, logits: Tensor, allowed: Tensor, num_logprobs: int) -> TokenLogprob:
         # Normalized over the whole vocabulary, as when a text is scored.
@@ -178,12 +186,15 @@ class TokenGenerator:
         values, tokens = allowed.topk(min(num_logprobs, int((allowed > -math.inf).sum())))
         top_logprobs = zip(tokens.tolist(), (values - log_norm).tolist(), strict=True)
         logprob = float(logits[self.next_token] - log_norm)
-        return TokenLogprob(self.next_token, logprob, tuple(top_logprobs), self._num_decoded_chars)
+        offset = self._num_decoded_chars + self._decoder.num_held_chars
+        return TokenLogprob(self.next_token, logprob, tuple(top_logprobs), offset)
 
-    def _to_delta(self, token_bytes: bytes) -> TextDelta:
+    def _to_delta(self, token: int | None) -> TextDelta:
         if self.finish_reason is None and self.num_generated == self.config.max_tokens:
             self.finish_reason = "length"
-        decoded = self._utf8_decoder.decode(token_bytes, self.finish_reason is not None)
+        decoded = self._decoder.feed(token) if token is not None else ""
+        if self.finish_reason is not None:
+            decoded += self._decoder.finish()
         self._num_decoded_chars += len(decoded)
         text = self._stop_filter.feed(decoded, may_stop=self.num_generated > self.config.min_tokens)
         if self._stop_filter.is_stopped:
@@ -260,7 +271,8 @@ def collect_recent_tokens(results: Iterable[SegmentResult]) -> list[int]:
 
 def _generate(reader: StreamReader, prompt: str, config: GenerationConfig) -> Iterator[str]:
     recent_tokens = collect_recent_tokens(chain(reader.feed(prompt), reader.finish()))
-    token_generator = TokenGenerator(reader.tokenizer, reader.last_token, recent_tokens, config)
+    inputs = (reader.tokenizer, reader.last_token, recent_tokens)
+    token_generator = TokenGenerator(*inputs, config, incomplete_bytes=reader.incomplete_bytes)
     decoder = Decoder(reader.model, reader.state)
     while token_generator.finish_reason is None:
         logits = decoder.step(torch.tensor([token_generator.next_token], device=reader.device))[0]

@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from memtx.data.base_tokenizer import EncodedChunk, Tokenizer
 from memtx.data.encodings import Utf8Decoder
-from memtx.data.text_chunks import TextSplitter
-from memtx.data.tokenizers import Tokenizer
 from memtx.errors import DataError
 
 CHUNK_SIZE = 1 << 16
 """Characters or bytes processed at a time, so that a huge input is not copied at once."""
 
 
+class TokenizedText(NamedTuple):
+    """Tokens of a part of a text: ids, ``(length,)`` int64, and the bytes of the text that each stands for."""
+
+    ids: NDArray[np.int64]
+    contents: Sequence[bytes]
+
+
 class IncrementalTokenizer:
     """Tokenizes a text that arrives in chunks split anywhere, even inside a character.
 
-    Text is pending while its tokens depend on the text that follows; its size is bounded, even in very long lines.
+    Text is pending while its tokens depend on the text that follows.
 
     ``pending_text``, ``pending_bytes`` and ``bytes_consumed`` continue from another tokenizer; errors report offsets in
-    the whole text.
+    the whole text. If ``continues``, other text or tokens precede, so that no space is put before the text. If
+    ``parse_special``, text that spells a special token becomes that token.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, pending_text: str = "", pending_bytes: bytes = b"", bytes_consumed: int = 0
+        self,
+        tokenizer: Tokenizer,
+        *,
+        pending_text: str = "",
+        pending_bytes: bytes = b"",
+        bytes_consumed: int = 0,
+        continues: bool = False,
+        parse_special: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self._decoder = Utf8Decoder("The text", bytes_consumed, pending_bytes)
-        self._splitter = TextSplitter()
-        # Splits depend on the text alone, so a new splitter holds back exactly this text again.
-        complete = self._splitter.feed(pending_text)
-        assert not complete, "pending text holds a complete chunk"
+        options = {"continues": continues, "parse_special": parse_special}
+        self._encoder = tokenizer.encoder(pending=pending_text, **options)
 
     @property
     def pending_text(self) -> str:
         """Text consumed but not encoded yet."""
-        return self._splitter.pending
+        return self._encoder.pending
 
     @property
     def pending_bytes(self) -> bytes:
@@ -50,12 +63,12 @@ class IncrementalTokenizer:
         """Bytes of the text consumed, with a byte order mark and an incomplete character."""
         return self._decoder.offset
 
-    def _encode(self, chunks: list[str]) -> NDArray[np.int64]:
-        encoded = [np.asarray(self.tokenizer.encode_chunk(chunk), dtype=np.int64) for chunk in chunks]
-        return np.concatenate(encoded) if encoded else np.empty(0, dtype=np.int64)
+    def _to_tokens(self, chunks: Sequence[EncodedChunk]) -> TokenizedText:
+        ids = np.concatenate([np.empty(0, dtype=np.int64), *(chunk.ids for chunk in chunks)], dtype=np.int64)
+        return TokenizedText(ids, [content for chunk in chunks for content in self.tokenizer.align(chunk)])
 
-    def feed(self, text: str | bytes) -> Iterator[tuple[str, NDArray[np.int64]]]:
-        """Consume text and yield each decoded part with the tokens that it completes, ``(length,)`` int64.
+    def feed(self, text: str | bytes) -> Iterator[tuple[str, TokenizedText]]:
+        """Consume text and yield each decoded part with the tokens that it completes.
 
         Raises DataError with the offset of the first byte that is not UTF-8 or is NUL.
         """
@@ -69,10 +82,10 @@ class IncrementalTokenizer:
                     raise DataError(message, "Feed the rest of its bytes first.")
                 decoded = part
                 self._decoder.offset += len(part.encode("utf-8", "surrogatepass"))
-            yield decoded, self._encode(self._splitter.feed(decoded))
+            yield decoded, self._to_tokens(self._encoder.feed(decoded))
 
-    def finish(self) -> NDArray[np.int64]:
-        """Return the tokens of the pending text, ``(length,)`` int64; raises DataError if a character is incomplete."""
+    def finish(self) -> TokenizedText:
+        """Return the tokens of the pending text, which later text continues; raises DataError inside a character."""
         if self.pending_bytes:
             self._decoder.decode(b"", final=True)
-        return self._encode(self._splitter.flush())
+        return self._to_tokens(self._encoder.flush())

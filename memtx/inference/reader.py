@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import copy
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from torch import nn
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import CheckpointError, DataError, check_at_least
 from memtx.inference.batching import ScoreOutput, ScoreRequest, score_segments
-from memtx.inference.incremental_tokenizer import IncrementalTokenizer
+from memtx.inference.incremental_tokenizer import IncrementalTokenizer, TokenizedText
 from memtx.models.recurrent_lm import RecurrentLanguageModel
 from memtx.state import MemoryState
 
@@ -101,21 +103,26 @@ class ReaderSnapshot:
         state: State of the model, batch size 1, after all tokens before ``last_token``, the last scored token.
         pending_tokens: ``(length,)`` int64, tokens that do not fill a segment yet.
         pending_text, pending_bytes: Text that is not encoded yet, and bytes of an incomplete character.
+        pending_contents: Bytes of the text that each of ``pending_tokens`` stands for.
+        incomplete_bytes: Bytes of a character that the tokens begin and do not end.
     """
 
     state: MemoryState
-    last_token: int
+    last_token: int | None
     pending_tokens: NDArray[np.int64]
     pending_text: str
     pending_bytes: bytes
     totals: Totals
+    pending_contents: tuple[bytes, ...] = ()
+    incomplete_bytes: bytes = b""
 
 
 class StreamReader:
     """Reads one text of any length, given in chunks of any size.
 
     The text is read as ``[bos, tokens...]``, so that its first token is scored too, and in segments of
-    ``segment_length`` tokens regardless of the chunks, so that equal texts give bit-identical results.
+    ``segment_length`` tokens regardless of the chunks, so that equal texts give bit-identical results. If the tokenizer
+    has no begin token, the first token is not scored: its negative log-likelihood is 0.
 
     Args:
         model: Language model; a module is put into eval mode.
@@ -123,6 +130,7 @@ class StreamReader:
         segment_length: Tokens per segment, at least 1. Longer segments are faster, with equal results up to rounding.
         score_fn: Function that scores a segment. Defaults to calling the model for this stream alone.
         num_logprobs, return_hidden_states: As in :class:`~memtx.inference.batching.ScoreRequest`.
+        parse_special: If True, text that spells a special token becomes that token.
     """
 
     def __init__(
@@ -134,6 +142,7 @@ class StreamReader:
         score_fn: Callable[[ScoreRequest], ScoreOutput] | None = None,
         num_logprobs: int = 0,
         return_hidden_states: bool = False,
+        parse_special: bool = False,
     ) -> None:
         check_at_least(1, segment_length=segment_length)
         if tokenizer.vocab_size > model.vocab_size:
@@ -147,8 +156,22 @@ class StreamReader:
         self.state = model.init_state(1)
         self.last_token = tokenizer.bos_token_id
         self.totals = Totals()
+        self.incomplete_bytes = b""
+        self._parse_special = parse_special
         self._pending_tokens = np.empty(0, dtype=np.int64)
-        self._incremental_tokenizer = IncrementalTokenizer(tokenizer)
+        # Bytes of the text of each pending token, the last ones if there are more.
+        self._pending_contents: list[bytes] = []
+        self._incremental_tokenizer = IncrementalTokenizer(tokenizer, parse_special=parse_special)
+
+    @property
+    def parse_special(self) -> bool:
+        """If True, text that spells a special token becomes that token."""
+        return self._parse_special
+
+    @parse_special.setter
+    def parse_special(self, value: bool) -> None:
+        self._parse_special = value
+        self.restore(self.snapshot())
 
     @property
     def device(self) -> torch.device:
@@ -156,19 +179,32 @@ class StreamReader:
         return self.state.position.device
 
     def _score(self, tokens: NDArray[np.int64], discard_state: bool = False) -> SegmentResult:
-        inputs = np.concatenate([np.asarray([self.last_token], dtype=np.int64), tokens[:-1]])
+        token_bytes = self._take_contents(len(tokens))
+        first = [] if self.last_token is None else [self.last_token]
+        inputs, labels = np.asarray([*first, *tokens[:-1]], dtype=np.int64), tokens[1 - len(first) :]
         options = (self.num_logprobs, self.return_hidden_states, discard_state, self.tokenizer.vocab_size)
-        output = self.score_fn(ScoreRequest(self.state, inputs, tokens, *options))
+        output = ScoreOutput(self.state, np.zeros(0, dtype=np.float32))
+        if len(labels):
+            output = self.score_fn(ScoreRequest(self.state, inputs, labels, *options))
+        if not first:
+            output = _with_unscored_token(output)
         start, nll = self.totals.num_tokens, self.totals.nll + float(output.nll.sum(dtype=np.float64))
-        token_bytes = [self.tokenizer.token_bytes(int(token)) for token in tokens]
         self.state, self.last_token = output.state, int(tokens[-1])
         self.totals = replace(self.totals, nll=nll, num_tokens=start + len(tokens))
         return SegmentResult(
             tokens, output.nll, token_bytes, start, output.top_tokens, output.top_logprobs, output.hidden_states
         )
 
-    def _score_full_segments(self, tokens: NDArray[np.int64]) -> Iterator[SegmentResult]:
-        self._pending_tokens = np.concatenate([self._pending_tokens, tokens])
+    def _take_contents(self, count: int) -> list[bytes]:
+        """Remove and return the contents of ``count`` tokens that were removed from the pending ones."""
+        start = len(self._pending_contents) - len(self._pending_tokens) - count
+        contents = self._pending_contents[start : start + count]
+        self._pending_contents = self._pending_contents[start + count :]
+        return contents
+
+    def _score_full_segments(self, tokens: TokenizedText) -> Iterator[SegmentResult]:
+        self._pending_tokens = np.concatenate([self._pending_tokens, tokens.ids])
+        self._pending_contents += tokens.contents
         while len(self._pending_tokens) >= self.segment_length:
             yield self._score_next()
 
@@ -182,11 +218,12 @@ class StreamReader:
         self.state, self.last_token = self.model.init_state(1), int(segment[0])
         start = self.totals.num_tokens
         self.totals = replace(self.totals, num_tokens=start + 1)
-        return SegmentResult(segment, np.zeros(1, dtype=np.float32), [b""], start)
+        return SegmentResult(segment, np.zeros(1, dtype=np.float32), self._take_contents(1), start)
 
     def _next_length(self, start: int) -> int:
         """Return the length of the segment that begins at ``start`` in the pending tokens."""
-        begins_document = self._pending_tokens[start : start + self.segment_length] == self.tokenizer.bos_token_id
+        tokens = self._pending_tokens[start : start + self.segment_length]
+        begins_document = np.isin(tokens, self.tokenizer.bos_token_ids)
         return max(1, int(begins_document.argmax())) if begins_document.any() else len(begins_document)
 
     def feed(self, text: str | bytes) -> Iterator[SegmentResult]:
@@ -197,7 +234,7 @@ class StreamReader:
         reads the rest after an early stop.
         """
         for decoded, tokens in self._incremental_tokenizer.feed(text):
-            self.totals = self.totals.with_text(decoded)
+            self.totals, self.incomplete_bytes = self.totals.with_text(decoded), b""
             yield from self._score_full_segments(tokens)
 
     def feed_tokens(self, tokens: Sequence[int]) -> Iterator[SegmentResult]:
@@ -213,14 +250,17 @@ class StreamReader:
             raise DataError(f"Token {unknown[0]} is not in the vocabulary of {vocab_size}.", "Check the tokenizer.")
         if self._incremental_tokenizer.pending_text or self._incremental_tokenizer.pending_bytes:
             raise DataError("Tokens follow text that is still pending.", "Call finish() first, or feed text.")
-        content = b"".join(self.tokenizer.token_bytes(int(token)) for token in ids)
-        # The tokens may end inside a character, and its replacement has a different number of bytes.
-        totals = self.totals.with_text(content.decode("utf-8", "replace"))
         is_beginning = self.totals.num_tokens == 0 and not len(self._pending_tokens)
-        self.totals = replace(totals, num_bytes=self.totals.num_bytes + len(content))
         if is_beginning and len(ids) and ids[0] == bos_token_id:
             ids = ids[1:]
-        yield from self._score_full_segments(ids)
+        contents = self.tokenizer.token_contents(ids.tolist(), continues=not is_beginning)
+        # The tokens may end inside a character, and its replacement has a different number of bytes.
+        decoder, num_bytes = codecs.getincrementaldecoder("utf-8")("replace"), sum(map(len, contents))
+        totals = self.totals.with_text(decoder.decode(self.incomplete_bytes + b"".join(contents)))
+        self.incomplete_bytes = decoder.getstate()[0]
+        self.totals = replace(totals, num_bytes=self.totals.num_bytes + num_bytes)
+        self._restart_tokenizer(continues=True)
+        yield from self._score_full_segments(TokenizedText(ids, contents))
 
     def finish(self, *, discard_state: bool = False) -> Iterator[SegmentResult]:
         """End the text and yield the pending segments; the last may be shorter than ``segment_length``.
@@ -263,17 +303,28 @@ class StreamReader:
     def snapshot(self) -> ReaderSnapshot:
         """Return the current position for :meth:`restore`, without copying."""
         text, content = self._incremental_tokenizer.pending_text, self._incremental_tokenizer.pending_bytes
-        return ReaderSnapshot(self.state, self.last_token, self._pending_tokens, text, content, self.totals)
+        contents = tuple(self._pending_contents[len(self._pending_contents) - len(self._pending_tokens) :])
+        values = (self._pending_tokens, text, content, self.totals, contents, self.incomplete_bytes)
+        return ReaderSnapshot(self.state, self.last_token, *values)
 
     def restore(self, snapshot: ReaderSnapshot) -> None:
         """Restore a snapshot of a reader with the same model and tokenizer."""
         self.state, self.last_token, self.totals = snapshot.state, snapshot.last_token, snapshot.totals
-        self._pending_tokens = snapshot.pending_tokens
+        self._pending_tokens, self._pending_contents = snapshot.pending_tokens, list(snapshot.pending_contents)
+        self.incomplete_bytes = snapshot.incomplete_bytes
+        continues = bool(snapshot.totals.num_tokens or len(snapshot.pending_tokens))
         text, content = snapshot.pending_text, snapshot.pending_bytes
-        # The totals do not count the bytes of an incomplete character.
-        num_bytes = snapshot.totals.num_bytes + len(content)
+        self._restart_tokenizer(continues=continues, pending_text=text, pending_bytes=content)
+
+    def _restart_tokenizer(self, *, continues: bool, pending_text: str = "", pending_bytes: bytes = b"") -> None:
         self._incremental_tokenizer = IncrementalTokenizer(
-            self.tokenizer, pending_text=text, pending_bytes=content, bytes_consumed=num_bytes
+            self.tokenizer,
+            pending_text=pending_text,
+            pending_bytes=pending_bytes,
+            # The totals do not count the bytes of an incomplete character.
+            bytes_consumed=self.totals.num_bytes + len(pending_bytes),
+            continues=continues,
+            parse_special=self._parse_special,
         )
 
     def fork(self) -> StreamReader:
@@ -281,3 +332,17 @@ class StreamReader:
         fork = copy.copy(self)
         fork.restore(self.snapshot())
         return fork
+
+
+def _with_unscored_token(output: ScoreOutput) -> ScoreOutput:
+    """Return the output with one more token at the start, whose scores are 0."""
+
+    def pad(values: NDArray[Any] | None) -> Any:
+        return (
+            None
+            if values is None
+            else np.concatenate([np.zeros_like(values[:1], shape=(1, *values.shape[1:])), values])
+        )
+
+    scores = {name: pad(getattr(output, name)) for name in ("nll", "top_tokens", "top_logprobs", "hidden_states")}
+    return replace(output, **scores)

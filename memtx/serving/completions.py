@@ -111,7 +111,10 @@ class CompletionService:
         read = self.pool.read_prompt(reader, prompt, needs_scores=echo, **options)
         text, logprobs = "", list[TokenLogprob]()
         if echo:
-            text = prompt if isinstance(prompt, str) else self.pool.tokenizer.decode(prompt)
+            # A character that the generated text completes belongs to that text.
+            complete_only = body.max_tokens != 0
+            decode = self.pool.tokenizer.decode
+            text = prompt if isinstance(prompt, str) else decode(prompt, complete_only=complete_only)
         if echo and body.logprobs is not None:
             logprobs = get_prompt_logprobs(read.results, prompt, self.pool.tokenizer, deadline)
         num_tokens = len(read.tokens) if isinstance(prompt, str) else len(prompt)

@@ -57,18 +57,20 @@ def name_top_tokens(tokenizer: Tokenizer, entry: TokenLogprob) -> dict[str, floa
 def get_prompt_logprobs(
     results: Iterable[SegmentResult], prompt: str | Sequence[int], tokenizer: Tokenizer, deadline: float
 ) -> list[TokenLogprob]:
-    """Return the log-probabilities of the tokens of a prompt, None for begin tokens; raises DeadlineExceededError."""
+    """Return the log-probabilities of the tokens of a prompt, None for unscored ones; raises DeadlineExceededError."""
     bos_token_id, offset = tokenizer.bos_token_id, 0
     is_first_begin = not isinstance(prompt, str) and prompt[:1] == [bos_token_id]
-    logprobs = [TokenLogprob(bos_token_id, None, (), 0)] if is_first_begin else []
+    logprobs = [TokenLogprob(bos_token_id, None, (), 0)] if is_first_begin and bos_token_id is not None else []
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for result in results:
         remaining_seconds(deadline)
         for index, token in enumerate(result.tokens.tolist()):
             top: tuple[tuple[int, float], ...] = ()
-            if result.top_tokens is not None and result.top_logprobs is not None:
+            # Nothing predicts a begin token, or the first one of a text without it.
+            is_unscored = token == bos_token_id or (bos_token_id is None and result.start + index == 0)
+            if not is_unscored and result.top_tokens is not None and result.top_logprobs is not None:
                 top = tuple(zip(result.top_tokens[index].tolist(), result.top_logprobs[index].tolist(), strict=True))
-            logprob = None if token == bos_token_id else -float(result.nll[index])
+            logprob = None if is_unscored else -float(result.nll[index])
             logprobs.append(TokenLogprob(token, logprob, top, offset))
             offset += len(decoder.decode(result.token_bytes[index]))
     return logprobs

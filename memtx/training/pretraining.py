@@ -48,8 +48,9 @@ class TokenPredictionModule(BaseModule):
         """Return logits ``(n, vocab)`` and labels ``(n,)`` of the selected tokens; the generator samples them."""
 
     def bos_token_id(self) -> int:
-        """Return the id that begins a document, which is never selected; -1 without data."""
-        return int(self.datamodule.tokenizer.bos_token_id) if self.datamodule is not None else -1
+        """Return the id that begins a document, which is never selected; -1 if there is none."""
+        bos_token_ids = self.datamodule.tokenizer.bos_token_ids if self.datamodule is not None else []
+        return int(bos_token_ids[0]) if bos_token_ids else -1
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of the selected tokens; 0 if there are none."""

@@ -19,8 +19,8 @@ def split(content: str | bytes, offsets: list[int]) -> list[str | bytes]:
 
 def tokenize(tokenizer: Tokenizer, parts: list[str | bytes]) -> np.ndarray:
     incremental = IncrementalTokenizer(tokenizer)
-    tokens = [tokens for part in parts for _, tokens in incremental.feed(part)]
-    return np.concatenate([*tokens, incremental.finish()])
+    tokens = [tokens.ids for part in parts for _, tokens in incremental.feed(part)]
+    return np.concatenate([*tokens, incremental.finish().ids])
 
 
 @settings(deadline=None, max_examples=30)
@@ -43,7 +43,7 @@ def test_characters_split_into_bytes_are_decoded(byte_tokenizer: Tokenizer) -> N
 def test_a_new_tokenizer_continues_from_pending_text_and_bytes() -> None:
     first = IncrementalTokenizer(ByteTokenizer())
     content = "aé".encode()
-    assert [len(tokens) for _, tokens in first.feed(content[:2])] == [0]
+    assert [len(tokens.ids) for _, tokens in first.feed(content[:2])] == [0]
     second = IncrementalTokenizer(
         ByteTokenizer(),
         pending_text=first.pending_text,
@@ -52,8 +52,8 @@ def test_a_new_tokenizer_continues_from_pending_text_and_bytes() -> None:
     )
     list(first.feed(content[2:]))
     list(second.feed("è".encode()[1:]))
-    assert bytes(first.finish().tolist()).decode() == "aé"
-    assert bytes(second.finish().tolist()).decode() == "aè"
+    assert bytes(first.finish().ids.tolist()).decode() == "aé"
+    assert bytes(second.finish().ids.tolist()).decode() == "aè"
 
 
 @pytest.mark.parametrize(

@@ -75,17 +75,17 @@ class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
         assert example.summary is not None
         prompt, completion = self._get_texts(example)
         prompt_ids, completion_ids = (self.tokenizer.encode(text).astype(np.int64) for text in (prompt, completion))
-        ids = np.concatenate([[self.tokenizer.bos_token_id], prompt_ids, completion_ids])
+        ids = np.concatenate([self.tokenizer.bos_token_ids, prompt_ids, completion_ids])
         if self.max_length is not None and len(ids) > self.max_length:
             message = f"Text and summary have {len(ids)} tokens, max_length is {self.max_length}."
             raise DataError(message, "Raise --data.max_length.")
         num_words, num_bytes = len(example.summary.split()), len(completion.encode())
-        return EncodedSummary(ids, 1 + len(prompt_ids), num_words, num_bytes)
+        return EncodedSummary(ids, len(ids) - len(completion_ids), num_words, num_bytes)
 
     def _collate(self, windows: Sequence[EncodedSummary]) -> Batch:
         """Return a batch with one document per example, whose labels are the tokens of the summaries."""
         ids = [torch.from_numpy(window.ids) for window in windows]
-        tokens = pad_sequence([row[:-1] for row in ids], batch_first=True, padding_value=self.tokenizer.bos_token_id)
+        tokens = pad_sequence([row[:-1] for row in ids], batch_first=True, padding_value=self.tokenizer.pad_id)
         labels = pad_sequence([row[1:] for row in ids], batch_first=True, padding_value=IGNORE_INDEX)
         for row, window in zip(labels, windows, strict=True):
             row[: window.summary_start - 1] = IGNORE_INDEX

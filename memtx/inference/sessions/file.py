@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,6 @@ import torch
 from torch import Tensor
 
 from memtx import files
-from memtx.data.text_chunks import TextSplitter
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import CheckpointError
 from memtx.inference.reader import ReaderSnapshot, StreamReader, Totals
@@ -27,8 +27,8 @@ from memtx.models.recurrent_lm import RecurrentLanguageModel
 from memtx.segment import INFINITE_OFFSET
 
 KIND = "memtx.session"
-VERSION = 3
-"""Format version: 2 added the digest, 3 renamed the entries."""
+VERSION = 4
+"""Format version: 2 added the digest, 3 renamed the entries, 4 added the text of pending tokens."""
 
 STATE_PREFIX = "state."
 EXTRA_PREFIX = "extra."
@@ -72,10 +72,15 @@ def save_session(
     # Text is saved as bytes: the header of safetensors is for short entries.
     tensors["pending_text"] = _bytes_to_tensor(snapshot.pending_text.encode("utf-8", "surrogatepass"))
     tensors["pending_bytes"] = _bytes_to_tensor(snapshot.pending_bytes)
+    tensors["pending_contents"] = _bytes_to_tensor(b"".join(snapshot.pending_contents))
+    tensors["pending_lengths"] = torch.tensor(
+        [len(content) for content in snapshot.pending_contents], dtype=torch.int64
+    )
+    tensors["incomplete_bytes"] = _bytes_to_tensor(snapshot.incomplete_bytes)
     header = {
         "model": fingerprints.model,
         "tokenizer": fingerprints.tokenizer,
-        "last_token": str(snapshot.last_token),
+        "last_token": "none" if snapshot.last_token is None else str(snapshot.last_token),
         "totals": json.dumps(dataclasses.asdict(snapshot.totals)),
         "metadata": json.dumps(dict(metadata or {})),
     }
@@ -100,16 +105,27 @@ def load_session(
         raise CheckpointError(f"'{path}' was changed after it was written.", "Restore a copy.")
     with _report_damage(path):
         totals, metadata = _parse_header(header)
-        last_token = int(header["last_token"])
+        last_token = None if header["last_token"] == "none" else int(header["last_token"])
         pending_tokens = tensors.pop("pending_tokens").numpy()
         pending_text = bytes(tensors.pop("pending_text").numpy()).decode("utf-8", "surrogatepass")
         pending_bytes = bytes(tensors.pop("pending_bytes").numpy())
+        ends = tensors.pop("pending_lengths").cumsum(0).tolist()
+        text = bytes(tensors.pop("pending_contents").numpy())
+        pending_contents = tuple(text[start:end] for start, end in itertools.pairwise([0, *ends]))
+        incomplete_bytes = bytes(tensors.pop("incomplete_bytes").numpy())
     vocab_size = reader.tokenizer.vocab_size
-    tokens_fit = 0 <= last_token < vocab_size and pending_tokens.dtype == np.int64 and pending_tokens.ndim == 1
+    tokens_fit = last_token is None or 0 <= last_token < vocab_size
+    tokens_fit = (
+        tokens_fit
+        and len(pending_contents) == len(pending_tokens)
+        and pending_tokens.dtype == np.int64
+        and pending_tokens.ndim == 1
+    )
     if not tokens_fit or not ((pending_tokens >= 0) & (pending_tokens < vocab_size)).all():
         raise CheckpointError(f"'{path}' holds tokens outside the tokenizer's vocabulary.", "Restore a copy.")
     # A character has at most 4 bytes in UTF-8.
-    if len(pending_bytes) >= 4 or TextSplitter().feed(pending_text):
+    encoder = reader.tokenizer.encoder(pending=pending_text, continues=bool(totals.num_tokens or len(pending_tokens)))
+    if max(len(pending_bytes), len(incomplete_bytes)) >= 4 or encoder.feed(""):
         raise CheckpointError(f"'{path}' holds pending text that should have been read.", "Restore a copy.")
     state = reader.state.with_named_tensors(_with_prefix(tensors, STATE_PREFIX))
     if state.batch_size != 1:
@@ -118,7 +134,8 @@ def load_session(
         raise CheckpointError(f"'{path}' has position {position}, which is out of range.", "Restore a copy.")
     if not all(bool(tensor.isfinite().all()) for tensor in state.named_tensors().values()):
         raise CheckpointError(f"'{path}' holds a state that is not finite.", "Restore a copy.")
-    reader.restore(ReaderSnapshot(state, last_token, pending_tokens, pending_text, pending_bytes, totals))
+    pending = (pending_tokens, pending_text, pending_bytes, totals, pending_contents, incomplete_bytes)
+    reader.restore(ReaderSnapshot(state, last_token, *pending))
     return metadata, _with_prefix(tensors, EXTRA_PREFIX)
 
 

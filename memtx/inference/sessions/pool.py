@@ -202,7 +202,8 @@ class SessionPool:
         Returns immediately and leaves the reader unchanged. ``recent_tokens`` are subject to the repetition penalty;
         ``on_outputs``, one per config, receive the outputs instead of the returned iterators.
         """
-        generators = [TokenGenerator(self.tokenizer, reader.last_token, recent_tokens, config) for config in configs]
+        inputs = (self.tokenizer, reader.last_token, recent_tokens)
+        generators = [TokenGenerator(*inputs, config, incomplete_bytes=reader.incomplete_bytes) for config in configs]
         if on_outputs is None:
             return [self.engine.generate(reader.state, generator, deadline) for generator in generators]
         pairs = zip(generators, on_outputs, strict=True)
