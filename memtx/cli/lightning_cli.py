@@ -295,13 +295,8 @@ class MemtxCLI(LightningCLI):
             has_started = self.trainer.global_step or any((run_dir / CHECKPOINT_DIR).glob("*"))
             if subcommand == "fit" and is_new and not has_started:
                 shutil.rmtree(run_dir, ignore_errors=True)
-<<<<<<< HEAD
             if isinstance(error, Exception) and _is_raised_by_options(error):
                 raise to_memtx_error(error) from error
-=======
-            if isinstance(error, MisconfigurationException):
-                raise to_memtx_error(error) from error
->>>>>>> main
             if is_out_of_memory(error):
                 raise MemtxError(getattr(error, "__notes__", ["Out of memory."])[-1]) from error
             raise
@@ -352,7 +347,6 @@ def _to_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-<<<<<<< HEAD
 def _is_raised_by_options(error: BaseException) -> bool:
     """Return whether Lightning, or an optimizer or schedule of torch, complains about an option of the user."""
     if isinstance(error, MisconfigurationException):
@@ -364,22 +358,6 @@ def _is_raised_by_options(error: BaseException) -> bool:
     return "/site-packages/lightning/" in path or "/site-packages/torch/optim/" in path
 
 
-def _find_memtx_error(error: BaseException | None) -> MemtxError | None:
-    while error is not None and not isinstance(error, MemtxError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _to_memtx_error(error: Exception) -> MemtxError:
-    """Return the MemtxError that caused an error, or one with its first line."""
-    if (cause := _find_memtx_error(error)) is not None:
-        return cause
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return MemtxError(lines[0] if lines else type(error).__name__, "Add --traceback to see where.")
-
-
-=======
->>>>>>> main
 def _resolve_checkpoint(run_dir: Path, checkpoint: str) -> Path:
     if checkpoint == "best":
         return pretrained.find_checkpoint(run_dir)
