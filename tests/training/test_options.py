@@ -228,7 +228,7 @@ def test_a_schedule_that_ends_before_the_run_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("limit", "expected"), [(1, 0.01 * 0.5**2), (0, 0.01)])
 def test_a_plateau_is_one_of_validations(tmp_path: Path, limit: int, expected: float) -> None:
-    """Of 3 validations that do not improve by a threshold that none can, 2 have one before; else epochs count."""
+    """The rate falls at the second and third of 3 validations, of which none improves; or at epochs, here none."""
     schedule = partial(ReduceLROnPlateau, factor=0.5, patience=0, threshold=1e9, threshold_mode="abs")
     run = fit(
         tmp_path, module(scheduler=schedule), max_steps=9, val_check_interval=3, limit_val_batches=limit,
