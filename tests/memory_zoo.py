@@ -20,6 +20,7 @@ from memtx.memory.compression import (
     StridedConvolution,
 )
 from memtx.memory.ernie_doc import ErnieDocMemory
+from memtx.memory.gated_delta_net import GatedDeltaNet
 from memtx.memory.memory_tokens import TokenMemory
 from memtx.memory.parts import DPFPFeatureMap, EluFeatureMap, Gate, ReflectingGate
 from memtx.memory.recurrent import RecurrentMemory
@@ -104,6 +105,10 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "associative-reflecting": associative(write_gate=ReflectingGate, decay_gate=None),
     "associative-infini": associative(delta_rule=False, feature_map=EluFeatureMap, mix_gate=True, decay_gate=None),
     "associative-armt": associative(feature_map=partial(DPFPFeatureMap, order=2), decay_gate=None),
+    "gated-delta-net": lambda window, rate, length: partial(GatedDeltaNet, heads=2, key_heads=1, key_dim=3),
+    "gated-delta-net-channel": lambda window, rate, length: partial(
+        GatedDeltaNet, heads=2, conv_size=min(rate + 1, 4), negative_eigenvalues=True, decay="channel"
+    ),
     "slots": slots(),
     "slots-memformer": slots(write_gate=None, token_shift=False, temperature=0.25),
     "retrieval": with_window(retrieval),

@@ -11,7 +11,14 @@ from torch import nn
 
 from memtx.errors import CheckpointError, check_at_least, closest_match
 from memtx.layers.positions.base import Positions
-from memtx.layers.positions.rotary import LinearScaling, Llama3Scaling, Rotary, RotaryFrequencies, YarnScaling
+from memtx.layers.positions.rotary import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Rotary,
+    RotaryFrequencies,
+    YarnScaling,
+)
 from memtx.memory.recurrent import RecurrentMemory
 
 T = TypeVar("T")
@@ -158,6 +165,20 @@ def _parse_yarn(rope: HFConfig, max_length: int) -> dict[str, Any]:
     }
 
 
+def _parse_longrope(rope: HFConfig, max_length: int) -> dict[str, Any]:
+    original_length = rope.get_int("original_max_position_embeddings", max_length)
+    ratio = rope.get_float("factor", max_length / original_length)
+    default = 1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(original_length))
+    window = rope.get_int("window", max_length)
+    # The published code changes from short to long factors while a text grows, and with them what was read before.
+    factors = rope.get("long_factor" if window > original_length else "short_factor")
+    if not isinstance(factors, list) or not all(isinstance(factor, int | float) for factor in factors):
+        raise _invalid("long_factor", factors, "a list of numbers")
+    return {"factors": factors, "attention_factor": rope.get_float("attention_factor", default)}
+
+
+LONG_ROPE_TYPES = ("longrope", "su")
+
 ROPE_SCALINGS: dict[str, tuple[Callable[..., RotaryFrequencies], RopeParser] | None] = {
     "default": None,
     # Scales only beyond the trained length, which no window exceeds.
@@ -165,15 +186,40 @@ ROPE_SCALINGS: dict[str, tuple[Callable[..., RotaryFrequencies], RopeParser] | N
     "linear": (LinearScaling, _parse_linear),
     "llama3": (Llama3Scaling, _parse_llama3),
     "yarn": (YarnScaling, _parse_yarn),
+    **dict.fromkeys(LONG_ROPE_TYPES, (LongRopeScaling, _parse_longrope)),
 }
 """Scalings of rotary positions by ``rope_type``; None for unscaled frequencies."""
 
 
-def build_rotary(config: HFConfig, max_length: int) -> tuple[Callable[[int, int], Positions], int]:
+def build_partial_rotary(
+    config: HFConfig, max_length: int, head_dim: int, default_factor: float = 1.0, window: int | None = None
+) -> tuple[Callable[[int, int], Positions], int, int]:
+    """Return what :func:`build_rotary` does and the number of rotated channels of a head.
+
+    Their share is ``partial_rotary_factor``, or ``default_factor`` if config.json omits it.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    stored = [values.get("partial_rotary_factor") for values in (rope, config) if hasattr(values, "get")]
+    factor = next((value for value in stored if value is not None), default_factor)
+    rotary_dim = int(head_dim * HFConfig({"partial_rotary_factor": factor}).get_float("partial_rotary_factor"))
+    unscaled = HFConfig(
+        {**config.values, "partial_rotary_factor": 1.0, "rope_scaling": None}
+        | {"rope_parameters": {**rope, "partial_rotary_factor": 1.0} if isinstance(rope, dict) else rope}
+    )
+    positions, max_length = build_rotary(unscaled, max_length, window)
+    return partial(positions, rotary_dim=rotary_dim), max_length, rotary_dim
+
+
+def build_rotary(config: HFConfig, max_length: int, window: int | None = None) -> tuple[Callable[..., Positions], int]:
     """Return the factory of a layer's rotary positions, and the number of positions that the model supports.
 
-    Reads both formats: ``rope_theta`` with ``rope_scaling``, and ``rope_parameters``. ``max_length`` is the number of
-    positions in the config. Raises CheckpointError if the scaling is unknown or lacks an option.
+    Reads both formats: ``rope_theta`` with ``rope_scaling``, and ``rope_parameters``. Raises CheckpointError if the
+    scaling is unknown or lacks an option.
+
+    Args:
+        config: The config.
+        max_length: Number of positions in the config.
+        window: Number of exact positions seen, if it is chosen.
     """
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(parameters, dict):
@@ -193,4 +239,8 @@ def build_rotary(config: HFConfig, max_length: int) -> tuple[Callable[[int, int]
     if scaling is None:
         return partial(Rotary, base=base), max_length
     scaling_class, parse = scaling
+    if rope_type in LONG_ROPE_TYPES:
+        # Former configs have the original length beside rope_scaling.
+        original = config.get("original_max_position_embeddings")
+        rope = HFConfig({"original_max_position_embeddings": original, **parameters, "window": window})
     return partial(Rotary, base=base, frequencies=partial(scaling_class, **parse(rope, max_length))), max_length

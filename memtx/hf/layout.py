@@ -23,18 +23,23 @@ class RowSlice:
         name: Name of the tensor.
         start: First row.
         num_rows: Number of rows; None for all remaining rows.
-        rotary_heads: Number of heads whose rotary pairs are (i, i + head_dim / 2) in the checkpoint and (2i, 2i + 1) in
-            the model; 0 if both have the same order.
+        rotary_heads: Number of heads whose rotary pairs are (i, i + rotary_dim / 2) in the checkpoint and (2i, 2i + 1)
+            in the model; 0 if both have the same order.
+        rotary_dim: Leading rows of each head that are rotated; None for all.
+        index: Index of the matrix in a three-dimensional tensor, such as an expert's; None for a tensor of matrices.
     """
 
     name: str
     start: int = 0
     num_rows: int | None = None
     rotary_heads: int = 0
+    rotary_dim: int | None = None
+    index: int | None = None
 
     def select(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Return the rows in the model's order, as a view."""
-        return weights[self.name][self.start : None if self.num_rows is None else self.start + self.num_rows]
+        tensor = weights[self.name] if self.index is None else weights[self.name][self.index]
+        return tensor[self.start : None if self.num_rows is None else self.start + self.num_rows]
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,9 @@ class WeightTransform:
         if self.slices == (RowSlice(self.slices[0].name),):
             out = weights[self.slices[0].name]  # of any dimension
         else:
-            out = torch.cat([_deinterleave_rotary(part.select(weights), part.rotary_heads) for part in self.slices])
+            out = torch.cat(
+                [_deinterleave_rotary(part.select(weights), part.rotary_heads, part.rotary_dim) for part in self.slices]
+            )
         return out.mT if self.transposed else out
 
     def load_into(self, weights: Mapping[str, Tensor], tensor: LazyTensor) -> None:
@@ -75,7 +82,8 @@ class WeightTransform:
             if part.rotary_heads:
                 # One head at a time, so that the copies stay small.
                 for head in target.chunk(part.rotary_heads):
-                    head.copy_(_interleave_rotary(head))
+                    rotated = head[: part.rotary_dim]
+                    rotated.copy_(_interleave_rotary(rotated))
             start += target.shape[0]
 
     def _load_transposed(self, weights: Mapping[str, Tensor], tensor: LazyTensor) -> None:
@@ -94,11 +102,14 @@ def _interleave_rotary(head: Tensor) -> Tensor:
     return torch.stack(head.chunk(2), dim=1).flatten(0, 1)
 
 
-def _deinterleave_rotary(x: Tensor, heads: int) -> Tensor:
-    """Reorder ``(heads * head_dim, ...)`` from pairs to halves; unchanged if heads is 0."""
+def _deinterleave_rotary(x: Tensor, heads: int, rotary_dim: int | None) -> Tensor:
+    """Reorder the rotated rows of each head of ``(heads * head_dim, ...)`` from pairs to halves, if there are heads."""
     if not heads:
         return x
-    return x.view(heads, -1, 2, *x.shape[1:]).transpose(1, 2).flatten(0, 2)
+    per_head = x.view(heads, -1, *x.shape[1:])
+    rotated, unrotated = per_head[:, :rotary_dim], per_head[:, per_head[:, :rotary_dim].shape[1] :]
+    rotated = rotated.reshape(heads, -1, 2, *x.shape[1:]).transpose(1, 2).flatten(1, 2)
+    return torch.cat([rotated, unrotated], dim=1).flatten(0, 1)
 
 
 WeightEntry = tuple[WeightTransform, Sequence[str]]

@@ -1,150 +1,144 @@
-"""Layout of Llama (Touvron et al. 2023), and of Mistral, Qwen 2 and Qwen 3, which differ only in options."""
+"""Layout of Llama (Touvron et al. 2023), and of Mistral, Qwen 2, Qwen 3 and SmolLM 3, which differ only in options."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from memtx.errors import CheckpointError
 from memtx.hf.checkpoint import HFCheckpoint
-from memtx.hf.config import HFConfig, build_rotary, build_window_memories
-from memtx.hf.layout import KeyMapping, RowSlice, WeightEntry, WeightTransform
-from memtx.hf.loader import has_tied_weights, load_weights
+from memtx.hf.config import build_rotary, build_window_memories
+from memtx.hf.decoder import ATTENTION_KEYS, EXTRA_PATTERNS, PRE_NORM_KEYS, DecoderConfig, load_decoder
+from memtx.hf.layout import KeyMapping
 from memtx.layers.feed_forward import SwiGLU
+from memtx.layers.positions.base import NoPositions
 from memtx.models.memory_transformer import MemoryTransformer
 
-EMBEDDING_KEY, LM_HEAD_KEY = "embed_tokens.weight", "lm_head.weight"
-
 LLAMA = KeyMapping(
-    hf_keys={
-        "embedding.weight": [EMBEDDING_KEY, LM_HEAD_KEY],
-        "blocks.{}.attention_norm": ["layers.{}.input_layernorm"],
-        "blocks.{}.attention.query": ["layers.{}.self_attn.q_proj"],
-        # Two keys, with half of the rows each.
-        "blocks.{}.attention.key_value": ["layers.{}.self_attn.k_proj", "layers.{}.self_attn.v_proj"],
-        "blocks.{}.attention.out": ["layers.{}.self_attn.o_proj"],
-        "blocks.{}.attention.query_norm": ["layers.{}.self_attn.q_norm"],
-        "blocks.{}.attention.key_norm": ["layers.{}.self_attn.k_norm"],
-        "blocks.{}.feed_forward_norm": ["layers.{}.post_attention_layernorm"],
-        "blocks.{}.feed_forward.gate_up": ["layers.{}.mlp.gate_proj", "layers.{}.mlp.up_proj"],
-        "blocks.{}.feed_forward.out": ["layers.{}.mlp.down_proj"],
-        "norm": ["norm"],
-        "head.weight": [LM_HEAD_KEY],
-    },
+    hf_keys={**ATTENTION_KEYS, **PRE_NORM_KEYS},
     prefix="model.",
     head_prefixes=("lm_head.",),
-    extra_patterns=(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
+    extra_patterns=EXTRA_PATTERNS,
 )
+
+LLAMA_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+}
+QWEN_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+}
+SMOLLM_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+}
 
 
 @dataclass(frozen=True)
-class ConfigDefaults:
-    """Defaults of options that config.json omits, and differences between the models.
+class Variant:
+    """Differences of a model from Llama.
 
     Attributes:
-        kv_heads: Number of key-value heads; None for as many as query heads.
-        head_dim: Dimension of a head; None for dim / heads.
-        sliding_windows: Returns each layer's window, or None for full attention, from the config and depth.
+        defaults: Values of keys that config.json omits.
+        sliding_windows: Returns each layer's window, or None for full attention.
         qkv_bias: If True, queries, keys and values have biases. None uses the config's ``attention_bias``, which also
             applies to the output projection.
         qk_norm: If True, queries and keys are normalized per head.
+        has_layers_without_positions: If True, the config may name layers without positions.
     """
 
-    vocab_size: int = 32000
-    intermediate_size: int = 11008
-    max_position_embeddings: int = 2048
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    sliding_windows: Callable[[HFConfig, int], list[int | None]] = lambda config, depth: [None] * depth
+    defaults: dict[str, Any] = field(default_factory=dict)
+    sliding_windows: Callable[[DecoderConfig], list[int | None]] = lambda config: [None] * config.depth
     qkv_bias: bool | None = None
     qk_norm: bool = False
+    has_layers_without_positions: bool = False
 
 
-def _mistral_sliding_windows(config: HFConfig, depth: int) -> list[int | None]:
-    # null disables the window; the default applies only if the key is missing.
-    if "sliding_window" in config.values and config.values["sliding_window"] is None:
-        return [None] * depth
-    return [config.get_int("sliding_window", 4096)] * depth
+def mistral_sliding_windows(config: DecoderConfig, default: int | None = 4096) -> list[int | None]:
+    """Return the window of all layers; null in config.json disables it, the default applies if the key is missing."""
+    if config.values.get("sliding_window", default) is None:
+        return [None] * config.depth
+    return [config.get_int("sliding_window", default)] * config.depth
 
 
-def _qwen_sliding_windows(config: HFConfig, depth: int) -> list[int | None]:
-    layer_types = config.get("layer_types")
+def qwen_sliding_windows(config: DecoderConfig) -> list[int | None]:
+    """Return each layer's window by ``layer_types``, by default that of all layers from ``max_window_layers`` on."""
     first_sliding = config.get_int("max_window_layers", 28, min_value=0)
-    if layer_types is None:
-        layer_types = ["full_attention" if layer < first_sliding else "sliding_attention" for layer in range(depth)]
-    known = {"full_attention", "sliding_attention"}
-    if not isinstance(layer_types, list) or len(layer_types) != depth or set(layer_types) - known:
-        message = f"config.json has layer_types = {layer_types!r}."
-        raise CheckpointError(message, f"Name 'full_attention' or 'sliding_attention' for each of {depth} layers.")
+    default = ["full_attention" if layer < first_sliding else "sliding_attention" for layer in range(config.depth)]
+    layer_types = config.layer_types("full_attention", "sliding_attention", default=default)
     window = config.get_int("sliding_window", 4096) if config.get_bool("use_sliding_window", False) else None
     return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
 
 
-CONFIG_DEFAULTS = {
-    "llama": ConfigDefaults(),
-    "mistral": ConfigDefaults(
-        intermediate_size=14336,
-        max_position_embeddings=131072,
-        kv_heads=8,
-        sliding_windows=_mistral_sliding_windows,
+def _layers_with_positions(config: DecoderConfig) -> list[bool]:
+    interval = config.get_int("no_rope_layer_interval", 4)
+    default = [int((layer + 1) % interval != 0) for layer in range(config.depth)]
+    return [bool(flag) for flag in config.get_ints("no_rope_layers", config.depth, default, min_value=0)]
+
+
+def _smollm_sliding_windows(config: DecoderConfig) -> list[int | None]:
+    window = config.get("sliding_window") if config.get_bool("use_sliding_window", False) else None
+    default = [
+        "full_attention" if rotated or window is None else "sliding_attention"
+        for rotated in _layers_with_positions(config)
+    ]
+    layer_types = config.layer_types("full_attention", "sliding_attention", default=default)
+    return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
+
+
+VARIANTS = {
+    "llama": Variant(),
+    "mistral": Variant(
+        {"intermediate_size": 14336, "max_position_embeddings": 131072, "num_key_value_heads": 8},
+        mistral_sliding_windows,
         qkv_bias=False,
     ),
-    "qwen2": ConfigDefaults(151936, 22016, 32768, 32, sliding_windows=_qwen_sliding_windows, qkv_bias=True),
-    "qwen3": ConfigDefaults(
-        151936, 22016, 32768, 32, head_dim=128, sliding_windows=_qwen_sliding_windows, qk_norm=True
-    ),
+    "qwen2": Variant(QWEN_DEFAULTS, qwen_sliding_windows, qkv_bias=True),
+    "qwen3": Variant(QWEN_DEFAULTS | {"head_dim": 128}, qwen_sliding_windows, qk_norm=True),
+    "smollm3": Variant(SMOLLM_DEFAULTS, _smollm_sliding_windows, has_layers_without_positions=True),
 }
 
 
 def build(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
     """Build the decoder of a folder; window and errors as in :func:`memtx.hf.loader.load`."""
-    config = HFConfig(hf_checkpoint.config)
-    defaults = CONFIG_DEFAULTS[str(hf_checkpoint.config["model_type"])]
-    dim, depth = config.get_int("hidden_size", 4096), config.get_int("num_hidden_layers", 32)
-    heads = config.get_int("num_attention_heads", 32)
-    kv_heads = config.get_int("num_key_value_heads", defaults.kv_heads or heads)
-    head_dim = config.get_int("head_dim", defaults.head_dim or dim // heads)
-    hidden_dim = config.get_int("intermediate_size", defaults.intermediate_size)
-    bias = config.get_bool("attention_bias", False) if defaults.qkv_bias is None else defaults.qkv_bias
-    out_bias = bias and defaults.qkv_bias is None
-    mlp_bias = config.get_bool("mlp_bias", False)
-    max_length = config.get_int("max_position_embeddings", defaults.max_position_embeddings)
-    positions, max_length = build_rotary(config, max_length)
+    variant = VARIANTS[str(hf_checkpoint.config["model_type"])]
+    config = DecoderConfig(hf_checkpoint.config, **(LLAMA_DEFAULTS | variant.defaults))
+    has_bias = config.get_bool("attention_bias", False)
+    positions, max_length = build_rotary(config, config.get_int("max_position_embeddings"))
     norm = partial(nn.RMSNorm, eps=config.get_float("rms_norm_eps", 1e-6))
-    model_factory = partial(
-        MemoryTransformer,
-        config.get_int("vocab_size", defaults.vocab_size),
-        dim,
-        depth,
-        heads,
-        kv_heads,
-        build_window_memories(window, max_length, defaults.sliding_windows(config, depth)),
-        norm,
-        partial(SwiGLU, hidden_dim=hidden_dim, bias=mlp_bias, activation=config.get_activation("hidden_act", "silu")),
-        positions,
-        bias=bias,
-        out_bias=out_bias,
-        head_dim=head_dim,
-        qk_norm=norm if defaults.qk_norm else None,
-        attention_dropout=config.get_float("attention_dropout", 0.0),
-        tie_embeddings=has_tied_weights(hf_checkpoint, LLAMA, LM_HEAD_KEY, EMBEDDING_KEY, default=False),
+    rotated = [True] * config.depth
+    if variant.has_layers_without_positions:
+        rotated = _layers_with_positions(config)
+    return load_decoder(
+        hf_checkpoint,
+        LLAMA,
+        config,
+        rotated_layers=rotated,
+        memories=build_window_memories(window, max_length, variant.sliding_windows(config)),
+        norm=norm,
+        feed_forward=partial(
+            SwiGLU,
+            hidden_dim=config.get_int("intermediate_size"),
+            bias=config.get_bool("mlp_bias", False),
+            activation=config.get_activation("hidden_act", "silu"),
+        ),
+        positions=positions if all(rotated) else [positions if flag else NoPositions for flag in rotated],
+        bias=has_bias if variant.qkv_bias is None else variant.qkv_bias,
+        out_bias=has_bias and variant.qkv_bias is None,
+        qk_norm=norm if variant.qk_norm else None,
     )
-    return load_weights(model_factory, hf_checkpoint, LLAMA, partial(_build_entries, heads=heads, kv_heads=kv_heads))
-
-
-def _build_entries(weights: Mapping[str, Tensor], *, heads: int, kv_heads: int) -> list[WeightEntry]:
-    entries: list[tuple[RowSlice, Sequence[str]]] = []
-    for name, tensor in weights.items():
-        keys, half = LLAMA.candidate_keys(name), tensor.shape[0] // 2
-        if ".attention.key_value." in name or ".feed_forward.gate_up." in name:
-            rotary_heads = kv_heads if ".key_value." in name else 0
-            entries += [(RowSlice(name, 0, half, rotary_heads), keys[:1]), (RowSlice(name, half, half), keys[1:])]
-        elif ".attention.query." in name:
-            entries.append((RowSlice(name, rotary_heads=heads), keys))
-        else:
-            is_head_norm = name.endswith((".query_norm.weight", ".key_norm.weight"))
-            entries.append((RowSlice(name, rotary_heads=1 if is_head_norm else 0), keys))
-    return [(WeightTransform((part,)), keys) for part, keys in entries]

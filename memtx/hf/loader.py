@@ -7,10 +7,11 @@ destination, so memory never holds more than the weights and a chunk of one tens
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -35,6 +36,7 @@ from memtx.hf.config import HFConfig
 from memtx.hf.layout import KeyMapping, WeightEntry, WeightTransform
 
 ModelT = TypeVar("ModelT", bound=PretrainedModel)
+logger = logging.getLogger(__name__)
 
 # Only here does a short name, model_type, select a class: Hugging Face defines the format.
 ENCODERS = {
@@ -46,13 +48,21 @@ ENCODERS = {
     "transfo-xl": "memtx.hf.transformer_xl:build",
 }
 DECODERS = {
+    "gemma3_text": "memtx.hf.gemma3:build",
     "gpt2": "memtx.hf.gpt2:build",
     "llama": "memtx.hf.llama:build",
     "mistral": "memtx.hf.llama:build",
+    "phi3": "memtx.hf.phi3:build",
+    "smollm3": "memtx.hf.llama:build",
+    "olmo_hybrid": "memtx.hf.hybrid:build_olmo_hybrid",
     "qwen2": "memtx.hf.llama:build",
     "qwen3": "memtx.hf.llama:build",
+    "qwen3_5_text": "memtx.hf.hybrid:build_qwen3_5",
+    "qwen3_next": "memtx.hf.hybrid:build_qwen3_next",
 }
-MODEL_TYPES = ENCODERS | DECODERS
+TEXT_PARTS = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text"}
+"""Type of a model of text and images -> type of its text part, whose config is ``text_config``."""
+MODEL_TYPES = ENCODERS | DECODERS | {name: DECODERS[part] for name, part in TEXT_PARTS.items()}
 """``model_type`` -> "module:function" that builds the model from an :class:`~memtx.hf.checkpoint.HFCheckpoint`."""
 
 
@@ -79,12 +89,26 @@ def load(path: str | os.PathLike[str], window: int | None = None) -> PretrainedM
         message = f"'{path}' has model_type '{model_type}', expected one of {', '.join(sorted(MODEL_TYPES))}."
         message += closest_match(model_type, MODEL_TYPES)
         raise CheckpointError(message, "Give a checkpoint of a supported type.")
-    if window is not None and model_type not in DECODERS:
+    is_decoder = model_type in DECODERS or model_type in TEXT_PARTS
+    if window is not None and not is_decoder:
         raise MemtxError(f"window ({window}) is given, but '{path}' is not a Hugging Face decoder.", "Remove window.")
     module, _, function = MODEL_TYPES[model_type].partition(":")
     build = getattr(importlib.import_module(module), function)
-    options = {"window": window} if model_type in DECODERS else {}
-    return cast(PretrainedModel, build(open_checkpoint(path), **options))
+    options = {"window": window} if is_decoder else {}
+    return cast(PretrainedModel, build(_select_text_part(open_checkpoint(path)), **options))
+
+
+def _select_text_part(hf_checkpoint: HFCheckpoint) -> HFCheckpoint:
+    """Return the checkpoint with the config of its text part, if the model reads images too."""
+    part = TEXT_PARTS.get(str(hf_checkpoint.config["model_type"]))
+    if part is None:
+        return hf_checkpoint
+    text_config = hf_checkpoint.config.get("text_config")
+    if not isinstance(text_config, dict):
+        raise CheckpointError(f"'{hf_checkpoint.path}' has no text_config.", "Restore config.json.")
+    tied = {key: value for key, value in hf_checkpoint.config.items() if key == "tie_word_embeddings"}
+    logger.warning("'%s' reads text and images; only its text part is used.", hf_checkpoint.path)
+    return replace(hf_checkpoint, config={**tied, **text_config, "model_type": part})
 
 
 @dataclass(frozen=True)

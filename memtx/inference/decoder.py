@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from memtx.errors import MemtxError
-from memtx.memory.kv_ring import DecodeStep, KVRing, RingLayout
+from memtx.memory.kv_ring import DecodeBuffers, DecodeStep, KVRing, RingLayout
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.recurrent_lm import RecurrentLanguageModel
 from memtx.state import MemoryState
@@ -44,7 +44,7 @@ class Decoder:
         if isinstance(model, nn.Module):
             model.eval()
         self.model = model
-        self._rings: list[KVRing] = []
+        self._rings: list[DecodeBuffers] = []
         # Exactly one of the two is None: streams are held as a state or in the model's rings.
         self._state: MemoryState | None = state
         self._ring_model: MemoryTransformer | None = None
@@ -55,7 +55,9 @@ class Decoder:
         self._capacity = state.batch_size
         # A copy on the host, so that no step waits for the device.
         self._host_positions: list[int] = state.position.tolist()
-        self._layouts: list[RingLayout] = list(dict.fromkeys(ring.layout for ring in self._rings))
+        self._layouts: list[RingLayout] = list(
+            dict.fromkeys(ring.layout for ring in self._rings if isinstance(ring, KVRing))
+        )
         self._torch_compile = torch_compile
         self._step_fns: dict[tuple[frozenset[RingLayout], int], Callable[[Tensor], Tensor]] = {}
         is_cuda = state.position.device.type == "cuda"
@@ -171,7 +173,7 @@ class Decoder:
             backend = "inductor" if self._torch_compile is True else self._torch_compile
             compiled: Callable[[Tensor], Tensor] = torch.compile(step_fn, backend=backend, dynamic=False)
             return compiled
-        buffers = [position, *(buffer for ring in rings for buffer in (ring.hidden, ring.key_value))]
+        buffers = [position, *(buffer for ring in rings for buffer in ring.buffers)]
         return _capture_graph(step_fn, tokens, buffers) if self._use_cuda_graph else step_fn
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from memtx.errors import MemtxError, check_divisible
 from memtx.layers.combine import apply_gate, combine_readouts
+from memtx.layers.norms import JointHeadNorm
 from memtx.layers.positions.base import Memoize, Positions
 from memtx.memory.base import LayerActivations, Losses, Memory, Readout, ReadoutMemory, View
 from memtx.memory.kv_ring import DecodeStep, KVRing, RingDecodable, from_ring, to_ring
@@ -43,6 +44,9 @@ class MemoryAttention(nn.Module):
         extra_memories: Memories that answer by themselves.
         gated_memory: If True, everything from beyond the exact window passes a learned gate per head that starts at 0,
             so that a layer trained without memory is unchanged at first.
+        output_gate: If True, the heads' outputs are multiplied by sigmoids of the input (Qiu et al. 2025, section 3).
+        joint_qk_norm: If True, ``qk_norm`` normalizes all heads of a token at once and is given their joint width.
+        query_scale: Factor of the queries, besides 1 / sqrt(head_dim).
 
     Raises:
         MemtxError: dim is not divisible by heads, heads not by kv_heads, or a memory cannot be in its place.
@@ -64,6 +68,9 @@ class MemoryAttention(nn.Module):
         backend: AttentionBackend = "auto",
         extra_memories: Sequence[Memory[Any]] = (),
         gated_memory: bool = False,
+        output_gate: bool = False,
+        joint_qk_norm: bool = False,
+        query_scale: float = 1.0,
     ) -> None:
         super().__init__()
         if head_dim is None:
@@ -76,11 +83,17 @@ class MemoryAttention(nn.Module):
         self.backend: AttentionBackend = backend
         self.positions = positions
         self.set_memories(memory, extra_memories, gated_memory=gated_memory)
-        self.query = Linear(dim, heads * self.head_dim, bias=bias)
+        self.output_gate, self.query_scale = output_gate, query_scale
+        # With an output gate, each head's query is followed by its gate.
+        self.query = Linear(dim, heads * self.head_dim * (2 if output_gate else 1), bias=bias)
         self.key_value = Linear(dim, 2 * kv_heads * self.head_dim, bias=bias)
         self.out = Linear(heads * self.head_dim, dim, bias=bias if out_bias is None else out_bias)
-        self.query_norm = qk_norm(self.head_dim) if qk_norm is not None else nn.Identity()
-        self.key_norm = qk_norm(self.head_dim) if qk_norm is not None else nn.Identity()
+        self.query_norm, self.key_norm = (
+            nn.Identity()
+            if qk_norm is None
+            else (JointHeadNorm(qk_norm, count, self.head_dim) if joint_qk_norm else qk_norm(self.head_dim))
+            for count in (heads, kv_heads)
+        )
 
     def set_memories(self, memory: Memory[Any], extra_memories: Sequence[Memory[Any]], *, gated_memory: bool) -> None:
         """Replace the layer's memories; arguments as in the constructor."""
@@ -110,14 +123,14 @@ class MemoryAttention(nn.Module):
         """
         memories = self.memories[: len(state)]
         views = [memory.read(part, x, segment, self) for memory, part in zip(memories, state, strict=True)]
-        q = self._project_queries(x)
+        q, gate = self._project_queries(x)
         k, v = self._split_keys_values(torch.cat([self.key_value(part) for part in views[0].parts], dim=1))
         readouts = self._readouts(views, q)
         q, k, bias = self.positions(q, k, views[0].entry_positions, segment)
         if views[0].key_bias is not None:
             q, k, v = append_key_bias(q, k, v, views[0].key_bias, self.head_dim**-0.5)
         attended = self._attend_and_combine(q, k, v, views[0].entry_positions.visibility, bias, readouts)
-        out = self.out(attended.transpose(1, 2).flatten(2))
+        out = self.out(self._apply_output_gate(attended.transpose(1, 2).flatten(2), gate))
         next_state, losses = self._write(memories, views, segment, LayerActivations(x, out, self))
         return out, next_state, losses
 
@@ -177,10 +190,16 @@ class MemoryAttention(nn.Module):
                 total[name] = total[name] + loss if name in total else loss
         return tuple(states), total
 
-    def _project_queries(self, x: Tensor) -> Tensor:
-        """Return the queries without positions, ``(batch, length, heads, head_dim)``."""
-        q: Tensor = self.query_norm(self.query(x).view(*x.shape[:-1], self.heads, self.head_dim))
-        return q
+    def _project_queries(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the queries without positions and the output gates' inputs, ``(batch, length, heads, head_dim)``."""
+        projected = self.query(x).view(*x.shape[:-1], self.heads, -1)
+        q, gate = projected.chunk(2, dim=-1) if self.output_gate else (projected, None)
+        q = self.query_norm(q)
+        return (q if self.query_scale == 1.0 else q * self.query_scale), gate
+
+    def _apply_output_gate(self, attended: Tensor, gate: Tensor | None) -> Tensor:
+        """Multiply the heads' outputs, ``(..., heads * head_dim)``, by the sigmoids of the gates' inputs, if any."""
+        return attended if gate is None else attended * torch.sigmoid(gate.flatten(-2)).view(attended.shape)
 
     def _split_keys_values(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys without positions and values, each ``(batch, entries, kv_heads, head_dim)``."""
@@ -204,7 +223,8 @@ class MemoryAttention(nn.Module):
         hidden = to_ring(layout, cache, bank, past_length)
         block, position = layout.slot_contents(past_length - 1)
         position = torch.cat([layout.block_center(block), position.double()], dim=1)
-        return KVRing(layout, hidden, self._positioned_keys_values(hidden, position, lambda _, compute: compute()))
+        key_value = self._positioned_keys_values(hidden, position, lambda _, compute: compute())
+        return KVRing((hidden, key_value), layout=layout)
 
     def close_ring(self, ring: KVRing, past_length: Tensor) -> tuple[Any, ...]:
         """Return the layer's state from its ring: the inverse of :meth:`open_ring`."""
@@ -229,12 +249,17 @@ class MemoryAttention(nn.Module):
                 evicts = plan.evicts_block.view(-1, *(1,) * (update.dim() - 1))
                 current = buffer[stream, plan.bank_slot]
                 buffer[stream, plan.bank_slot] = torch.where(evicts, update.to(buffer.dtype), current)
-        q = self.positions.apply_absolute(self._project_queries(x[:, None]), position, step.memo)
+        q, gate = self._project_queries(x[:, None])
+        q = self.positions.apply_absolute(q, position, step.memo)
         k, v = ring.key_value.unbind(2)
         bias = self.positions.score_bias(plan.offset, plan.visibility.memo)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         attended, _ = self._attend(q, k, v, plan.visibility, bias, return_lse=False)
-        return self.out(attended.flatten(1))
+        return self.out(self._apply_output_gate(attended.flatten(1), gate))
+
+    def project_values(self, x: Tensor) -> Tensor:
+        """Return the values of normalized inputs x, all heads concatenated, ``(batch, length, heads * head_dim)``."""
+        return self.project(x, "value", frozen=False).flatten(2)
 
     def project(self, x: Tensor, projection: str, *, frozen: bool) -> Tensor:
         """Project x without positions (see :class:`memtx.memory.base.ContentAttention`)."""
@@ -247,9 +272,11 @@ class MemoryAttention(nn.Module):
             # A module that adapts the projection has replaced it and returns keys and values together.
             out = _apply_module(layer, x, frozen)
             out = out if is_query else out.chunk(2, dim=-1)[half]
-        out = out.view(*out.shape[:-1], -1, self.head_dim)
         if is_query:
-            return _apply_module(self.query_norm, out, frozen)
+            out = out.view(*out.shape[:-1], self.heads, -1)[..., : self.head_dim]
+            out = _apply_module(self.query_norm, out, frozen)
+            return out if self.query_scale == 1.0 else out * self.query_scale
+        out = out.view(*out.shape[:-1], -1, self.head_dim)
         out = _apply_module(self.key_norm, out, frozen) if projection == "key" else out
         return out.repeat_interleave(self.heads // self.kv_heads, dim=-2)
 

@@ -8,31 +8,38 @@ from torch import Tensor, nn
 
 from memtx.layers.attention import MemoryAttention
 from memtx.layers.encoder_attention import EncoderAttention, EncoderInputs
+from memtx.layers.token_mixer import TokenMixer
 from memtx.memory.base import Losses
-from memtx.memory.kv_ring import DecodeStep, KVRing
+from memtx.memory.kv_ring import DecodeStep
 from memtx.segment import Segment
 
 
 class Block(nn.Module):
-    """A pre-norm decoder layer (Xiong et al. 2020, figure 1b).
+    """A decoder layer with norms before its parts (Xiong et al. 2020, figure 1b), after them, or both.
 
     Args:
-        attention: Attention part.
+        attention: Attention part, or the memory in its place.
         feed_forward: Position-wise part.
         attention_norm: Norm before attention; the memories carry its outputs.
         feed_forward_norm: Norm before the feed-forward part.
         dropout: Dropout rate of the residual branches.
+        attention_post_norm: Norm of the attention's output, before it is added. None disables it.
+        feed_forward_post_norm: Norm of the feed-forward part's output. None disables it.
     """
 
     def __init__(
         self,
-        attention: MemoryAttention,
+        attention: MemoryAttention | TokenMixer,
         feed_forward: nn.Module,
         attention_norm: nn.Module,
         feed_forward_norm: nn.Module,
         dropout: float = 0.0,
+        attention_post_norm: nn.Module | None = None,
+        feed_forward_post_norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.attention_post_norm = attention_post_norm if attention_post_norm is not None else nn.Identity()
+        self.feed_forward_post_norm = feed_forward_post_norm if feed_forward_post_norm is not None else nn.Identity()
         self.attention_norm = attention_norm
         self.attention = attention
         self.feed_forward_norm = feed_forward_norm
@@ -42,20 +49,20 @@ class Block(nn.Module):
     def forward(self, x: Tensor, state: tuple[Any, ...], segment: Segment) -> tuple[Tensor, tuple[Any, ...], Losses]:
         """Return the layer's output ``(batch, length, dim)``, and its memories' next states and losses."""
         attended, state, losses = self.attention(self.attention_norm(x), state, segment)
-        x = x + self.dropout(attended)
-        x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        if self.attention.needs_layer_output:
+        x = x + self.dropout(self.attention_post_norm(attended))
+        x = x + self.dropout(self.feed_forward_post_norm(self.feed_forward(self.feed_forward_norm(x))))
+        if isinstance(self.attention, MemoryAttention) and self.attention.needs_layer_output:
             state = self.attention.on_layer_output(state, self.attention_norm(x), segment)
         return x, state, losses
 
     def project_values(self, x: Tensor) -> Tensor:
         """Return the values of the layer's input x, all heads concatenated, ``(batch, length, heads * head_dim)``."""
-        return self.attention.project(self.attention_norm(x), "value", frozen=False).flatten(2)
+        return self.attention.project_values(self.attention_norm(x))
 
-    def step(self, x: Tensor, ring: KVRing, step: DecodeStep) -> Tensor:
-        """Return the layer's output ``(batch, dim)`` for one token per stream; the ring is written in place."""
-        x = x + self.attention.step(self.attention_norm(x), ring, step)
-        out: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
+    def step(self, x: Tensor, ring: Any, step: DecodeStep) -> Tensor:
+        """Return the layer's output ``(batch, dim)`` for one token per stream; the buffers are written in place."""
+        x = x + self.attention_post_norm(self.attention.step(self.attention_norm(x), ring, step))
+        out: Tensor = x + self.feed_forward_post_norm(self.feed_forward(self.feed_forward_norm(x)))
         return out
 
 

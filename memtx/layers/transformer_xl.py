@@ -129,7 +129,7 @@ class RelativeAttention(MemoryAttention):
         inputs = view.parts if norm is None else [norm(part) for part in view.parts]
         k, v = self._split_keys_values(torch.cat([self.key_value(part) for part in inputs], dim=1))
         # (batch, heads, length or memory_length + length, head_dim)
-        q, k, v = (part.transpose(1, 2) for part in (self._project_queries(inputs[-1]), k, v))
+        q, k, v = (part.transpose(1, 2) for part in (self._project_queries(inputs[-1])[0], k, v))
 
         def distance_inputs() -> DistanceInputs:
             return distance_embeddings(k.shape[2], x.shape[-1], self.clamp_length, x), None, None

@@ -20,7 +20,7 @@ from memtx.errors import check_at_least, check_divisible
 from memtx.memory.base import ContentAttention, Losses, Memory, Readout, View
 from memtx.memory.parts import FeatureMap, Gate, NormalizedFeatureMap, TokenShift, merge_heads, split_heads
 from memtx.ops.cpu.linear import Linear
-from memtx.ops.delta_rule import chunk_gated_delta_rule
+from memtx.ops.delta_rule import gated_delta_rule
 from memtx.segment import Segment
 from memtx.state import state_dataclass
 
@@ -118,7 +118,7 @@ class AssociativeMemory(Memory[AssociativeState]):
         log_decay = None
         if self.decay_gate is not None and self.log_decay_rate is not None:
             log_decay = -self.log_decay_rate.to(dtype).exp()[:, None] * self.decay_gate(shifted).mT.to(dtype)
-        out, matrix = chunk_gated_delta_rule(
+        out, matrix = gated_delta_rule(
             q, k, v, strength, log_decay, state.matrix.to(dtype), segment.position == 0, delta_rule=self.delta_rule
         )
         if self.is_normalized:

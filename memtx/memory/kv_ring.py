@@ -7,8 +7,8 @@ entries. Visibility is the same, so a ring can be opened from a state and closed
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -91,40 +91,59 @@ class RingDecodable(Protocol):
         """
 
 
-@dataclass
-class KVRing:
-    """The ring buffers of one layer.
+@dataclass(frozen=True)
+class DecodeBuffers:
+    """The buffers of one layer, which steps of decoding change in place.
 
     Attributes:
-        layout: Layout of the slots.
-        hidden: Attention inputs and compressed entries, ``(batch, slots, dim)``.
-        key_value: Keys with positions applied, and values, ``(batch, slots, 2, kv_heads, head_dim)``.
+        buffers: Tensors whose dimension 0 is the batch.
+        structure: Structure of the state that they are the leaves of; None for a :class:`KVRing`.
     """
 
-    layout: RingLayout
-    hidden: Tensor
-    key_value: Tensor
+    buffers: tuple[Tensor, ...]
+    structure: Any = None
 
-    def narrow(self, batch_size: int) -> KVRing:
-        """Return a view of the first ``batch_size`` streams that writes into this ring."""
-        return KVRing(self.layout, self.hidden[:batch_size], self.key_value[:batch_size])
+    def narrow(self, batch_size: int) -> Self:
+        """Return a view of the first ``batch_size`` streams that writes into these buffers."""
+        return replace(self, buffers=tuple(buffer[:batch_size] for buffer in self.buffers))
 
-    def resized(self, batch_size: int) -> KVRing:
+    def resized(self, batch_size: int) -> Self:
         """Return a copy with room for ``batch_size`` streams; new ones are zero."""
-        buffers = (buffer.new_zeros(batch_size, *buffer.shape[1:]) for buffer in (self.hidden, self.key_value))
-        larger = KVRing(self.layout, *buffers)
+        buffers = tuple(buffer.new_zeros(batch_size, *buffer.shape[1:]) for buffer in self.buffers)
+        larger = replace(self, buffers=buffers)
         larger.copy_from(0, self)
         return larger
 
-    def copy_from(self, index: int, source: KVRing) -> None:
-        """Overwrite the streams from ``index`` on with those of another ring."""
-        for target, update in ((self.hidden, source.hidden), (self.key_value, source.key_value)):
+    def copy_from(self, index: int, source: DecodeBuffers) -> None:
+        """Overwrite the streams from ``index`` on with those of another layer's buffers."""
+        for target, update in zip(self.buffers, source.buffers, strict=True):
             target[index : index + update.shape[0]] = update
 
     def compact(self, sources: Tensor, targets: Tensor) -> None:
         """Overwrite the streams ``targets`` ``(n,)`` with the streams ``sources`` ``(n,)``, all at once."""
-        for buffer in (self.hidden, self.key_value):
+        for buffer in self.buffers:
             buffer[targets] = buffer[sources]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVRing(DecodeBuffers):
+    """The ring buffers of one attention layer: ``buffers`` are ``hidden`` and ``key_value``.
+
+    Attributes:
+        layout: Layout of the slots.
+    """
+
+    layout: RingLayout
+
+    @property
+    def hidden(self) -> Tensor:
+        """Attention inputs and compressed entries, ``(batch, slots, dim)``."""
+        return self.buffers[0]
+
+    @property
+    def key_value(self) -> Tensor:
+        """Keys with positions applied, and values, ``(batch, slots, 2, kv_heads, head_dim)``."""
+        return self.buffers[1]
 
 
 @dataclass(frozen=True)

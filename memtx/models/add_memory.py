@@ -11,7 +11,8 @@ from torch import nn
 
 from memtx import class_config
 from memtx.errors import MemtxError, check_at_least
-from memtx.layers.block import Block
+from memtx.layers.attention import MemoryAttention
+from memtx.layers.token_mixer import TokenMixer
 from memtx.memory.base import Memory, ReadoutMemory
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.recurrent import RecurrentMemory
@@ -35,6 +36,8 @@ def add_memory(
 ) -> ModelT:
     """Return a copy of a model, which shares its weights, with an exact window, sinks and other memories.
 
+    Layers whose memory replaces attention, such as ``GatedDeltaNet``, stay as they are.
+
     Args:
         model: The model.
         memories: Factories of the memories of the chosen layers, given dim. One that carries the segment itself, such
@@ -56,9 +59,17 @@ def add_memory(
     chosen = _resolve_layers(layers, model.depth)
     adapted = _copy_with_shared_weights(model)
     configs = []
+    present = model.config["init_args"]["memories"]
     for layer, block in enumerate(adapted._layers()):
+        if isinstance(block.attention, TokenMixer):
+            # The memory in place of attention has a constant size already.
+            if layers is not None and layer in chosen:
+                message = f"Layer {layer} has {type(block.attention.memory).__name__} in place of attention."
+                raise MemtxError(message, "Remove the layer from layers.")
+            configs.append(present[layer if len(present) > 1 else 0])
+            continue
         layer_factories, layer_memories = _build_stack(
-            layer, block, factories if layer in chosen else [], window, num_sinks
+            layer, block.attention, factories if layer in chosen else [], window, num_sinks
         )
         block.attention.set_memories(layer_memories[0], layer_memories[1:], gated_memory=gated_memory)
         configs.append(class_config.to_config(layer_factories))
@@ -75,10 +86,17 @@ def remove_memory(model: ModelT, window: int) -> ModelT:
     """Return a copy of a model, which shares its weights, that sees ``window`` (at least 1) exact positions alone."""
     factory = partial(RecurrentMemory, window=window)
     adapted = _copy_with_shared_weights(model)
-    for block in adapted._layers():
-        block.attention.set_memories(factory(model.dim), [], gated_memory=False)
+    present = model.config["init_args"]["memories"]
+    configs = []
+    for layer, block in enumerate(adapted._layers()):
+        if isinstance(block.attention, TokenMixer):
+            configs.append(present[layer if len(present) > 1 else 0])
+        else:
+            block.attention.set_memories(factory(model.dim), [], gated_memory=False)
+            configs.append(class_config.to_config(factory))
     adapted.memory_tokens = None
-    _update_init_args(adapted, class_config.to_config([factory]), gated_memory=False)
+    equal = all(config == configs[0] for config in configs)
+    _update_init_args(adapted, configs[:1] if equal else configs, gated_memory=False)
     return adapted
 
 
@@ -92,10 +110,14 @@ def _resolve_layers(layers: Sequence[int] | None, depth: int) -> set[int]:
 
 
 def _build_stack(
-    layer: int, block: Block, factories: Sequence[MemoryFactory], window: int | None, num_sinks: int | None
+    layer: int,
+    attention: MemoryAttention,
+    factories: Sequence[MemoryFactory],
+    window: int | None,
+    num_sinks: int | None,
 ) -> tuple[list[MemoryFactory], list[Memory[Any]]]:
     """Return the factories of a layer's new memories and the memories, the exact one first."""
-    present = block.attention.memory
+    present = attention.memory
     present_window = getattr(present, "window", None)
     if not isinstance(present, RecurrentMemory | CompressedMemory) or present_window is None:
         message = f"Layer {layer} has {type(present).__name__}, which has no window to replace."
@@ -103,7 +125,7 @@ def _build_stack(
     window = present_window if window is None else min(present_window, window)
     trained_length = present.trained_length if isinstance(present, RecurrentMemory) else None
     if num_sinks is None:
-        present_sinks = (memory for memory in block.attention.extra_memories if isinstance(memory, SinkMemory))
+        present_sinks = (memory for memory in attention.extra_memories if isinstance(memory, SinkMemory))
         default = DEFAULT_NUM_SINKS if trained_length is not None else 0
         num_sinks = next((memory.num_sinks for memory in present_sinks), default)
     stack = [(factory, factory(present.dim)) for factory in factories]

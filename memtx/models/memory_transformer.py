@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,10 @@ from memtx.layers.feed_forward import SwiGLU, reset_linear
 from memtx.layers.lm_head import LinearHead, LMHead
 from memtx.layers.positions.base import Positions
 from memtx.layers.positions.rotary import Rotary
+from memtx.layers.token_mixer import StandaloneMemory, TokenMixer
 from memtx.memory.base import Losses, Memory
 from memtx.memory.compressed import CompressedMemory
-from memtx.memory.kv_ring import DecodeStep, KVRing
+from memtx.memory.kv_ring import DecodeBuffers, DecodeStep
 from memtx.models.recurrent_lm import MemoryOutput
 from memtx.models.segmented_forward import (
     LayerStates,
@@ -38,6 +39,17 @@ from memtx.ops.attention.dispatch import AttentionBackend
 from memtx.ops.cross_entropy import IGNORE_INDEX
 from memtx.segment import Segment
 from memtx.state import MemoryState
+
+T = TypeVar("T")
+
+NormPlacement = Literal["pre", "post", "sandwich"]
+"""Position of a layer's norms: before its parts, after them, or both."""
+
+FeedForwardFactory = Callable[[int], nn.Module]
+"""Returns a layer's feed-forward part, given dim."""
+
+PositionsFactory = Callable[[int, int], Positions]
+"""Returns a layer's position encoding, given (heads, head_dim)."""
 
 MemoryFactory = Callable[[int], Memory[Any]]
 """Returns a layer's memory, given dim.
@@ -62,10 +74,12 @@ class MemoryTransformer(PretrainedModel):
         kv_heads: Key-value heads per layer. Defaults to ``heads``.
         memories: Memory factories, given dim: one entry for all layers, or one per layer. An entry is a factory, or a
             list of factories for a layer with several memories: first the exact one, which carries the segment itself,
-            then those with a readout of their own.
+            then those with a readout of their own. A memory such as ``GatedDeltaNet`` replaces attention in its layer.
         norm: Factory of the norms, given dim; ``torch.nn.LayerNorm`` is the classic choice.
-        feed_forward: Factory of the feed-forward part, given dim; ``FeedForward`` is the classic choice.
-        positions: Factory of the position encoding, given (heads, head_dim); ``Alibi`` is the alternative.
+        feed_forward: Factory of the feed-forward part, given dim; ``FeedForward`` is the classic choice. A list gives
+            one per layer.
+        positions: Factory of the position encoding, given (heads, head_dim); ``Alibi`` is the alternative. A list gives
+            one per layer.
         bias: If True, the attention projections have biases.
         out_bias: If True, the output projection has a bias. Defaults to ``bias``.
         head_dim: Width of a head. Defaults to dim / heads.
@@ -77,6 +91,12 @@ class MemoryTransformer(PretrainedModel):
         attention_dropout: Dropout rate of the attention weights (slower: fused kernels do not support it).
         tie_embeddings: If True, the output projection is the embedding.
         attention_backend: Backend of the attention operation.
+        norm_placement: Norms before ("pre") or after ("post") each part of a layer, or both ("sandwich", Gemma 2). A
+            list gives one per layer.
+        output_gate: If True, attention outputs are gated per channel (Qiu et al. 2025, section 3).
+        joint_qk_norm: If True, ``qk_norm`` normalizes all heads of a token at once.
+        query_scale: Factor of the queries, besides 1 / sqrt(head_dim).
+        embedding_scale: Factor of the embeddings in the layers' input, not in the output projection.
 
     Raises:
         MemtxError: A number is out of range, or numbers do not divide as they must.
@@ -84,6 +104,8 @@ class MemoryTransformer(PretrainedModel):
 
     # A subclass that creates parts of its own inherits the rest.
     embedding: nn.Module
+    embedding_scale: Tensor
+    scales_embedding = False
     head: LMHead
     memory_tokens: MemoryTokens | None
     write_tokens: nn.Parameter
@@ -97,8 +119,8 @@ class MemoryTransformer(PretrainedModel):
         kv_heads: int | None = None,
         memories: Sequence[Sequence[MemoryFactory] | MemoryFactory] = (CompressedMemory,),
         norm: Callable[[int], nn.Module] = nn.RMSNorm,
-        feed_forward: Callable[[int], nn.Module] = SwiGLU,
-        positions: Callable[[int, int], Positions] = Rotary,
+        feed_forward: Sequence[FeedForwardFactory] | FeedForwardFactory = SwiGLU,
+        positions: Sequence[PositionsFactory] | PositionsFactory = Rotary,
         bias: bool = False,
         out_bias: bool | None = None,
         head_dim: int | None = None,
@@ -109,6 +131,11 @@ class MemoryTransformer(PretrainedModel):
         attention_dropout: float = 0.0,
         tie_embeddings: bool = True,
         attention_backend: AttentionBackend = "auto",
+        norm_placement: Sequence[NormPlacement] | NormPlacement = "pre",
+        output_gate: bool = False,
+        joint_qk_norm: bool = False,
+        query_scale: float = 1.0,
+        embedding_scale: float = 1.0,
     ) -> None:
         arguments = dict(locals())
         super().__init__()
@@ -119,30 +146,25 @@ class MemoryTransformer(PretrainedModel):
         self.activation_checkpointing = False
         self.embedding = embedding = nn.Embedding(vocab_size, dim)
         self.absolute_positions = absolute_positions(dim) if absolute_positions is not None else None
+        # In the dtype of the weights, as the published models have it.
+        self.register_buffer("embedding_scale", torch.tensor(float(embedding_scale)), persistent=False)
+        self.scales_embedding = embedding_scale != 1.0
         self.dropout = nn.Dropout(dropout)
+        attention = partial(
+            MemoryAttention, dim, heads, kv_heads if kv_heads is not None else heads, bias=bias, out_bias=out_bias,
+            head_dim=head_dim, qk_norm=qk_norm, dropout=attention_dropout, backend=attention_backend,
+            gated_memory=gated_memory, output_gate=output_gate, joint_qk_norm=joint_qk_norm, query_scale=query_scale,
+        )  # fmt: skip
+        position_args = heads, head_dim if head_dim is not None else dim // heads
         self.blocks = nn.ModuleList(
-            Block(
-                MemoryAttention(
-                    dim,
-                    heads,
-                    kv_heads if kv_heads is not None else heads,
-                    stack[0](dim),
-                    positions(heads, head_dim if head_dim is not None else dim // heads),
-                    bias=bias,
-                    out_bias=out_bias,
-                    head_dim=head_dim,
-                    qk_norm=qk_norm,
-                    dropout=attention_dropout,
-                    backend=attention_backend,
-                    extra_memories=[memory(dim) for memory in stack[1:]],
-                    gated_memory=gated_memory,
-                ),
-                feed_forward(dim),
-                norm(dim),
-                norm(dim),
-                dropout,
+            _build_block(dim, stack, attention, partial(make_positions, *position_args), make_ff, norm, norms, dropout)
+            for stack, make_positions, make_ff, norms in zip(
+                _memory_stacks(memories, depth),
+                _per_layer("positions", positions, depth),
+                _per_layer("feed_forward", feed_forward, depth),
+                _per_layer("norm_placement", cast("Any", norm_placement), depth),
+                strict=True,
             )
-            for stack in _memory_stacks(memories, depth)
         )
         self.init_memory_tokens()
         self.norm = norm(dim)
@@ -277,6 +299,7 @@ class MemoryTransformer(PretrainedModel):
     def _embed(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Return ``(..., dim)`` for tokens at positions, both ``(...)`` int64."""
         x: Tensor = self.embedding(tokens)
+        x = x * self.embedding_scale if self.scales_embedding else x
         return x if self.absolute_positions is None else x + self.absolute_positions(position)
 
     def _run_layers(
@@ -301,20 +324,20 @@ class MemoryTransformer(PretrainedModel):
         """If True, the streams of a call may have different lengths (``valid_length``)."""
         return all(memory.supports_padding for block in self._layers() for memory in block.attention.memories)
 
-    def to_rings(self, state: MemoryState) -> list[KVRing] | None:
+    def to_rings(self, state: MemoryState) -> list[DecodeBuffers] | None:
         """Return one ring per layer with a state's content, for decoding in place; None if a memory has no ring."""
         blocks = zip(self._layers(), state.layers, strict=True)
         rings = [block.attention.open_ring(layer_state, state.position) for block, layer_state in blocks]
         supported = [ring for ring in rings if ring is not None]
         return supported if len(supported) == len(rings) else None
 
-    def from_rings(self, rings: Sequence[KVRing], position: Tensor) -> MemoryState:
+    def from_rings(self, rings: Sequence[DecodeBuffers], position: Tensor) -> MemoryState:
         """Return the content of the rings as a state; position: ``(batch,)`` int64, tokens read so far."""
         blocks = zip(self._layers(), rings, strict=True)
-        layers = tuple(block.attention.close_ring(ring, position) for block, ring in blocks)
+        layers = tuple(block.attention.close_ring(cast("Any", ring), position) for block, ring in blocks)
         return MemoryState(position.clone(), layers)
 
-    def decode_step(self, tokens: Tensor, rings: Sequence[KVRing], step: DecodeStep) -> Tensor:
+    def decode_step(self, tokens: Tensor, rings: Sequence[DecodeBuffers], step: DecodeStep) -> Tensor:
         """Return logits ``(batch, vocab)`` after one more token ``(batch,)`` int64 per stream, in eval mode.
 
         For the Decoder: ``rings``, from :meth:`to_rings`, are changed in place; ``step`` has the tokens' positions.
@@ -323,6 +346,42 @@ class MemoryTransformer(PretrainedModel):
         for block, ring in zip(self._layers(), rings, strict=True):
             x = block.step(x, ring, step)
         return self.head(self.norm(x))
+
+
+def _build_block(
+    dim: int,
+    stack: Sequence[MemoryFactory],
+    attention: Callable[..., MemoryAttention],
+    positions: Callable[[], Positions],
+    feed_forward: FeedForwardFactory,
+    norm: Callable[[int], nn.Module],
+    norm_placement: NormPlacement,
+    dropout: float,
+) -> Block:
+    """Return a layer with the memories of a stack, the attention being replaced if the first stands alone."""
+    memories = [factory(dim) for factory in stack]
+    if norm_placement not in get_args(NormPlacement):
+        raise MemtxError(f"norm_placement is {norm_placement!r}.", f"Give one of {', '.join(get_args(NormPlacement))}.")
+    if not isinstance(memories[0], StandaloneMemory):
+        mixer: MemoryAttention | TokenMixer = attention(memories[0], positions(), extra_memories=memories[1:])
+    elif len(memories) == 1:
+        mixer = TokenMixer(memories[0])
+    else:
+        message = f"{type(memories[0]).__name__} replaces attention but has other memories beside it."
+        raise MemtxError(message, "Give it a layer of its own.")
+    pre, post = (
+        [norm(dim) if norm_placement in placements else None for _ in range(2)]
+        for placements in (("pre", "sandwich"), ("post", "sandwich"))
+    )
+    return Block(mixer, feed_forward(dim), pre[0] or nn.Identity(), pre[1] or nn.Identity(), dropout, *post)
+
+
+def _per_layer(name: str, value: Sequence[T] | T, depth: int) -> Sequence[T]:
+    """Return an option's values by layer; a value that is not a list is that of all layers."""
+    values = cast("Sequence[T]", value if isinstance(value, list | tuple) else [value] * depth)
+    if len(values) != depth:
+        raise MemtxError(f"There are {len(values)} {name} for {depth} layers.", f"Give one for all layers, or {depth}.")
+    return values
 
 
 def _memory_stacks(

@@ -14,20 +14,52 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memtx.ops.cpu import delta_rule as cpu_delta_rule
+
 CHUNK_SIZE = 32
 """Tokens per chunk: fastest of 8 to 128 on one CPU thread, forward and backward, with heads of 32 and 64."""
+
+
+def gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor, document_starts: Tensor,
+    *, delta_rule: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Write and read all tokens in order, with the fastest implementation for the device and dtype.
+
+    Args:
+        q: ``(batch, key_heads, length, key_dim)``; each key head serves ``heads / key_heads`` matrices.
+        k: ``(batch, key_heads, length, key_dim)``; for the delta rule of norm at most 1, or writes overshoot.
+        v: ``(batch, heads, length, value_dim)``.
+        beta: ``(batch, heads, length)``, the write strengths b.
+        log_decay: ``(batch, heads, length)``, log a, finite and at most 0, or ``(batch, heads, length, key_dim)`` for a
+            decay per key channel (Kimi Linear, Kimi Team 2025, section 3). None disables decay.
+        state: ``(batch, heads, key_dim, value_dim)``, the matrix before the first token.
+        document_starts: ``(batch, length)`` bool, True for the first token of a document.
+        delta_rule: If True, remove the value stored under a key before writing.
+
+    Returns:
+        ``(batch, heads, length, value_dim)``, each token's read after its own write, and the final matrix. Both have
+        the common dtype of the inputs; autocast is disabled.
+    """
+    dtypes = {x.dtype for x in (q, k, v, beta, state)} | ({log_decay.dtype} if log_decay is not None else set())
+    if q.device.type == "cpu" and dtypes == {torch.float32} and cpu_delta_rule.is_available():
+        inputs = (q, k, v, beta, log_decay, state, document_starts)
+        return cpu_delta_rule.recurrent_gated_delta_rule(*inputs, delta_rule=delta_rule)
+    ratio = v.shape[1] // q.shape[1]
+    q, k = q.repeat_interleave(ratio, dim=1), k.repeat_interleave(ratio, dim=1)
+    return chunk_gated_delta_rule(q, k, v, beta, log_decay, state, document_starts, delta_rule=delta_rule)
 
 
 def naive_recurrent_gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor, document_starts: Tensor,
     *, delta_rule: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute :func:`chunk_gated_delta_rule` token by token; the reference for tests."""
+    """Compute :func:`gated_delta_rule` token by token, with as many key heads as matrices; the reference for tests."""
     outputs = []
     for t in range(q.shape[2]):
         state = state.masked_fill(document_starts[:, t, None, None, None], 0.0)
         if log_decay is not None:
-            state = state * log_decay[:, :, t, None, None].exp()
+            state = state * log_decay[:, :, t].reshape(*state.shape[:2], -1, 1).exp()
         update = v[:, :, t]
         if delta_rule:
             update = update - torch.einsum("bhkv,bhk->bhv", state, k[:, :, t])
@@ -41,26 +73,22 @@ def chunk_gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor, document_starts: Tensor,
     *, delta_rule: bool = True, chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Write and read all tokens, in parallel within a chunk and recurrently from chunk to chunk.
+    """Compute :func:`gated_delta_rule`, in parallel within a chunk and recurrently from chunk to chunk.
 
     Within a chunk every u depends on the earlier ones, u = b (v - ... k'k u), a unit lower triangular system. It is
     solved for all chunks at once, separately for the values and for the incoming state (WY form, Yang et al. 2024b,
     section 3.2), so that only small products remain sequential. Tokens of other documents are masked.
 
     Args:
-        q: ``(batch, heads, length, key_dim)``.
-        k: ``(batch, heads, length, key_dim)``; for the delta rule of norm at most 1, or writes overshoot.
-        v: ``(batch, heads, length, value_dim)``.
-        beta: ``(batch, heads, length)``, the write strengths b.
-        log_decay: ``(batch, heads, length)``, log a, finite and at most 0. None disables decay.
-        state: ``(batch, heads, key_dim, value_dim)``, the matrix before the first token.
-        document_starts: ``(batch, length)`` bool, True for the first token of a document.
+        q: ``(batch, heads, length, key_dim)``; other arguments and results as in :func:`gated_delta_rule`.
+        k: Keys.
+        v: Values.
+        beta: Write strengths.
+        log_decay: Log decays.
+        state: Matrix before the first token.
+        document_starts: First tokens of documents.
         delta_rule: If True, remove the value stored under a key before writing.
         chunk_size: Tokens per chunk.
-
-    Returns:
-        ``(batch, heads, length, value_dim)``, each token's read after its own write, and the final matrix. Both have
-        the common dtype of the inputs; autocast is disabled.
     """
     length = q.shape[2]
     chunk_size = min(chunk_size, length)
@@ -82,15 +110,20 @@ def chunk_gated_delta_rule(
         # Decay from write j to read i, from the incoming state to read i, and from write j to the end of the chunk.
         if log_decay is None:
             decay, decay_from_state, decay_to_end = mask.to(q.dtype), sees_state, mask[..., -1, :, None].to(q.dtype)
+        elif log_decay.dim() == 4:
+            total = split_chunks(log_decay).cumsum(-2)
+            gap = total[..., :, None, :] - total[..., None, :, :]
+            decay = gap.masked_fill(~mask[..., None], float("-inf")).exp()
+            decay_from_state, decay_to_end = sees_state * total.exp(), decay[..., -1, :, :]
         else:
             total = split_chunks(log_decay).cumsum(-1)
             # The sum over j + 1 .. i as a difference of logarithms, so that nothing overflows.
             gap = (total[..., :, None] - total[..., None, :]).masked_fill(~mask, float("-inf"))
             decay, decay_from_state = gap.exp(), sees_state * total[..., None].exp()
             decay_to_end = decay[..., -1, :, None]
-        weights = (q @ k.mT) * decay
+        weights = _decayed_products(q, k, decay)
         if delta_rule:
-            system = (b * (k @ k.mT) * decay).tril(-1)
+            system = (b * _decayed_products(k, k, decay)).tril(-1)
             right_side = torch.cat([b * v, b * decay_from_state * k], dim=-1)
             # unitriangular: the diagonal is taken as ones without being read.
             solution = torch.linalg.solve_triangular(system, right_side, upper=False, unitriangular=True)
@@ -99,10 +132,17 @@ def chunk_gated_delta_rule(
         else:
             u, w_chunks = b * v, None
         # unbind, since slicing chunk by chunk would allocate a full-size gradient per slice.
-        operands = (u, weights, decay_from_state * q, (decay_to_end * k).mT, decay_from_state[..., -1:, :])
+        operands = (u, weights, decay_from_state * q, (decay_to_end * k).mT, decay_from_state[..., -1:, :].mT)
         chunks, outputs = zip(*(x.unbind(2) for x in operands), strict=True), []
         for index, (values, weight, query, key, state_decay) in enumerate(chunks):
             update = values if w_chunks is None else values - w_chunks[index] @ state
             outputs.append(query @ state + weight @ update)
             state = state_decay * state + key @ update
         return torch.cat(outputs, dim=2)[:, :, :length], state
+
+
+def _decayed_products(q: Tensor, k: Tensor, decay: Tensor) -> Tensor:
+    """Return the products of queries and keys within chunks, decayed per pair or, with one dimension more, channel."""
+    if decay.dim() == q.dim():
+        return (q @ k.mT) * decay
+    return torch.einsum("...ik,...jk,...ijk->...ij", q, k, decay)

@@ -257,7 +257,7 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
     ("config", "change", "message"),
     [
         (LLAMA, {"model_type": "lama"}, "lama.*expected one of.*Did you mean 'llama'"),
-        (LLAMA, {"rope_scaling": {"rope_type": "longrope"}}, "longrope.*expected one of"),
+        (LLAMA, {"rope_scaling": {"rope_type": "long"}}, "long'.*expected one of"),
         (LLAMA, {"rope_scaling": {"rope_type": "linear"}}, "factor = None"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (LLAMA, {"hidden_act": "sillu"}, "Did you mean 'silu'"),

@@ -72,7 +72,7 @@ def test_joined_streams_continue_as_separate_ones(kind: str, data: st.DataObject
         assert (logits[index : index + 1] - read(stream, state=state)[0]).abs().max() < EXACT
 
 
-PADDED_KINDS = ["recurrent", "compressed-convolution", "compressed-most_used"]
+PADDED_KINDS = ["recurrent", "compressed-convolution", "compressed-most_used", "gated-delta-net"]
 
 
 @pytest.mark.parametrize("kind", PADDED_KINDS)
@@ -92,7 +92,9 @@ def test_padded_streams_equal_separate_ones(kind: str, data: st.DataObject) -> N
         assert distance(out.state.select([index]), state) < EXACT
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith(("recurrent", "compressed"))])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if not kind.startswith(("recurrent", "compressed", "gated-delta"))]
+)
 def test_kinds_without_padding_support_reject_it(kind: str) -> None:
     model = MemoryTransformer(11, dim=8, depth=1, heads=2, memories=[KINDS[kind](4, 2, 2)]).eval()
     with pytest.raises(MemtxError, match="valid_length was given to memories that do not support padding"):

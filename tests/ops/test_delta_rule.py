@@ -33,7 +33,7 @@ class Problem:
 
 
 def random_inputs(
-    seed: int, batch_size: int, length: int, start_prob: float, max_decay: float | None
+    seed: int, batch_size: int, length: int, start_prob: float, max_decay: float | None, by_channel: bool = False
 ) -> tuple[dict[str, Tensor], Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
@@ -46,7 +46,8 @@ def random_inputs(
     beta = torch.rand(batch_size, 2, length, dtype=torch.float64, generator=generator) * 2.8 - 0.4
     tensors = {"q": q, "k": k, "v": v, "beta": beta.clamp(0, 2), "state": state}
     if max_decay is not None:
-        decay = torch.rand(batch_size, 2, length, dtype=torch.float64, generator=generator)
+        channels = (3,) if by_channel else ()
+        decay = torch.rand(batch_size, 2, length, *channels, dtype=torch.float64, generator=generator)
         tensors["log_decay"] = -max_decay * decay
     return tensors, torch.rand(batch_size, length, generator=generator) < start_prob
 
@@ -59,6 +60,7 @@ def problems(draw: st.DrawFn) -> Problem:
         draw(st.integers(1, 40)),
         draw(st.sampled_from([0.0, 0.05, 0.3])),
         draw(st.sampled_from([None, 0.1, 50.0])),
+        draw(st.booleans()),
     )
     return Problem(tensors, document_starts, draw(st.booleans()), draw(st.integers(1, 45)))
 

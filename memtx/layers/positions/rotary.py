@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -165,6 +165,31 @@ class YarnScaling(RotaryFrequencies):
         return torch.lerp(unscaled, unscaled / self.scaling_factor, ramp)
 
 
+class LongRopeScaling(RotaryFrequencies):
+    """A searched factor per pair slows it down (LongRoPE, Ding et al. 2024, section 3; as in Phi-3).
+
+    Args:
+        head_dim: Width of a head, even.
+        base: Base of the frequencies.
+        factors: Factor of each pair.
+        attention_factor: Factor of rotated queries and keys.
+
+    Raises:
+        MemtxError: The number of factors is not that of the pairs.
+    """
+
+    def __init__(self, head_dim: int, base: float, factors: Sequence[float], attention_factor: float = 1.0) -> None:
+        super().__init__(head_dim, base)
+        if len(factors) != head_dim // 2:
+            message = f"LongRope has {len(factors)} factors for {head_dim // 2} pairs of channels."
+            raise MemtxError(message, "Give one factor per pair.")
+        self.factors, self.attention_factor = tuple(map(float, factors)), attention_factor
+
+    def inv_freq(self, device: torch.device) -> Tensor:
+        """Return all frequencies divided by their factors."""
+        return super().inv_freq(device) / torch.tensor(self.factors, dtype=torch.float64, device=device)
+
+
 class Rotary(Positions):
     """Rotary embedding (RoFormer, Su et al. 2021, section 3.2).
 
@@ -172,10 +197,11 @@ class Rotary(Positions):
         heads: Number of query heads.
         head_dim: Width of a head, even.
         base: Base of the frequencies; the slowest pair's period is about 2 pi times this.
-        frequencies: Factory of the frequencies from (head_dim, base).
+        frequencies: Factory of the frequencies from (rotary_dim, base).
+        rotary_dim: Number of leading channels of a head that are rotated, even. Defaults to all.
 
     Raises:
-        MemtxError: head_dim is odd.
+        MemtxError: The number of rotated channels is odd or out of range.
     """
 
     def __init__(
@@ -184,12 +210,17 @@ class Rotary(Positions):
         head_dim: int,
         base: float = 10000.0,
         frequencies: Callable[[int, float], RotaryFrequencies] = RotaryFrequencies,
+        rotary_dim: int | None = None,
     ) -> None:
         super().__init__(heads, head_dim)
         if head_dim % 2:
             raise MemtxError(f"Rotary positions need an even width per head, got {head_dim}.", "Change dim or heads.")
+        rotary_dim = rotary_dim if rotary_dim is not None else head_dim
+        if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+            raise MemtxError(f"rotary_dim is {rotary_dim}.", f"Give an even number of at most {head_dim}.")
         self.base = base
-        self.frequencies = frequencies(head_dim, base)
+        self.rotary_dim = rotary_dim
+        self.frequencies = frequencies(rotary_dim, base)
 
     def extra_repr(self) -> str:
         """Return the base."""
@@ -198,13 +229,20 @@ class Rotary(Positions):
     def apply_absolute(self, x: Tensor, position: Tensor, memo: Memoize) -> Tensor:
         """Rotate by the position; angles are computed in float64, so they are exact in streams of any length."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        angles = memo((Rotary, self.frequencies.cache_key, dtype), lambda: self._angles(position, dtype))
+        angles = memo((Rotary, self.head_dim, self.frequencies.cache_key, dtype), lambda: self._angles(position, dtype))
         return apply_rotary_emb(x, angles)
 
     def apply_relative(self, keys: Tensor, distance: Tensor) -> Tensor:
         """Rotate back by the distance, with the attention factor of the query, which is not rotated."""
         angles = self._angles(-distance[None], torch.promote_types(keys.dtype, torch.float32))
-        return apply_rotary_emb(keys, angles * self.frequencies.attention_factor)
+        angles[..., : self.rotary_dim // 2, :] *= self.frequencies.attention_factor
+        return apply_rotary_emb(keys, angles)
 
     def _angles(self, offset: Tensor, dtype: torch.dtype) -> Tensor:
-        return rotary_angles(offset, self.frequencies.inv_freq(offset.device), dtype, self.frequencies.attention_factor)
+        inv_freq = self.frequencies.inv_freq(offset.device)
+        angles = rotary_angles(offset, inv_freq, dtype, self.frequencies.attention_factor)
+        if self.rotary_dim < self.head_dim:
+            # The other channels are rotated by nothing: cosine 1, sine 0.
+            shape = (*angles.shape[:-2], (self.head_dim - self.rotary_dim) // 2, 2)
+            angles = torch.cat([angles, angles.new_tensor([1.0, 0.0]).expand(shape)], dim=-2)
+        return angles

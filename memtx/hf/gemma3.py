@@ -1,0 +1,81 @@
+"""Layout of Gemma 3's text models (Gemma Team 2025): sliding and full attention mixed, norms around each part."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from memtx.hf.checkpoint import HFCheckpoint
+from memtx.hf.config import HFConfig, build_rotary, build_window_memories
+from memtx.hf.decoder import ATTENTION_KEYS, EXTRA_PATTERNS, DecoderConfig, load_decoder
+from memtx.hf.layout import KeyMapping
+from memtx.layers.feed_forward import SwiGLU
+from memtx.layers.norms import ZeroCenteredRMSNorm
+from memtx.models.memory_transformer import MemoryTransformer
+
+GEMMA3 = KeyMapping(
+    hf_keys={
+        **ATTENTION_KEYS,
+        "blocks.{}.attention_norm": ["layers.{}.input_layernorm"],
+        "blocks.{}.attention_post_norm": ["layers.{}.post_attention_layernorm"],
+        "blocks.{}.feed_forward_norm": ["layers.{}.pre_feedforward_layernorm"],
+        "blocks.{}.feed_forward_post_norm": ["layers.{}.post_feedforward_layernorm"],
+    },
+    prefix="model.",
+    head_prefixes=("lm_head.",),
+    extra_patterns=EXTRA_PATTERNS,
+)
+DEFAULTS: dict[str, Any] = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+}
+
+
+def build(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
+    """Build the decoder of a folder; window and errors as in :func:`memtx.hf.loader.load`."""
+    config = DecoderConfig(hf_checkpoint.config, **DEFAULTS)
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        config.require(key, None, "capped logits")
+    config.require("use_bidirectional_attention", False, "bidirectional layers")
+    interval = config.get_int("sliding_window_pattern", config.get_int("_sliding_window_pattern", 6))
+    default = ["full_attention" if (i + 1) % interval == 0 else "sliding_attention" for i in range(config.depth)]
+    types = config.layer_types("sliding_attention", "full_attention", default=default)
+    is_sliding = [layer_type == "sliding_attention" for layer_type in types]
+    max_length = config.get_int("max_position_embeddings")
+    sliding_window = config.get_int("sliding_window", 4096)
+    rope = config.get("rope_parameters") or {}
+    bases = {
+        "sliding_attention": config.get_float("rope_local_base_freq", 10000.0),
+        "full_attention": config.get_float("rope_theta", 1000000.0),
+    }
+    # Formerly, rope_scaling was that of the layers with full attention.
+    scaling = {"full_attention": config.get("rope_scaling") or {}}
+    positions = {}
+    for layer_type, base in bases.items():
+        parameters = {"rope_theta": base, **scaling.get(layer_type, {}), **(rope.get(layer_type) or {})}
+        positions[layer_type], _ = build_rotary(HFConfig({"rope_parameters": parameters}), max_length)
+    norm = partial(ZeroCenteredRMSNorm, eps=config.get_float("rms_norm_eps", 1e-6))
+    return load_decoder(
+        hf_checkpoint,
+        GEMMA3,
+        config,
+        memories=build_window_memories(window, max_length, [sliding_window if flag else None for flag in is_sliding]),
+        norm=norm,
+        feed_forward=partial(
+            SwiGLU,
+            hidden_dim=config.get_int("intermediate_size"),
+            activation=config.get_activation("hidden_activation", "gelu_pytorch_tanh"),
+        ),
+        positions=[positions[layer_type] for layer_type in types],
+        qk_norm=norm,
+        norm_placement="sandwich",
+        query_scale=(config.head_dim / config.get_float("query_pre_attn_scalar", 256)) ** 0.5,
+        embedding_scale=config.dim**0.5,
+    )
