@@ -38,10 +38,7 @@ def is_last_step(trainer: pl.Trainer) -> bool:
 
 
 def total_steps(trainer: pl.Trainer, batches_per_epoch: float | None = None) -> int | None:
-    """Return the optimizer steps of the whole run; None if it is endless.
-
-    ``batches_per_epoch`` is needed before the trainer has set up its data.
-    """
+    """Return the optimizer steps of the whole run, None if it is endless; of the trainer's batches once it has them."""
     limits = [trainer.max_steps] if trainer.max_steps > 0 else []
     num_batches = trainer.num_training_batches if batches_per_epoch is None else batches_per_epoch
     if trainer.max_epochs is not None and trainer.max_epochs > 0 and math.isfinite(num_batches):

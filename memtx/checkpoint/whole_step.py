@@ -14,16 +14,7 @@ _FIRST_BATCH_STARTED = {"ready": 1, "started": 1, "processed": 0, "completed": 0
 
 @dataclass(frozen=True)
 class WholeStep:
-    """State of a run after an optimizer step, except for what only the next step's update changes.
-
-    Attributes:
-        global_step: Number of optimizer steps.
-        epoch: Epoch of the step.
-        loop_state: Progress of the training loop.
-        loader_states: State of each training data loader, None if it has none.
-        module_state: State of the module besides its weights, from its ``step_state``.
-        rng_state: State of the random number generators.
-    """
+    """State of a run after an optimizer step, except for what only the next step's update changes."""
 
     global_step: int
     epoch: int
@@ -35,10 +26,9 @@ class WholeStep:
     @classmethod
     def capture(cls, trainer: pl.Trainer) -> WholeStep:
         """Return the snapshot of a trainer whose current batch ended in an optimizer step; copies no tensor."""
+        progress = trainer.global_step, trainer.current_epoch, trainer.fit_loop.state_dict()
         return cls(
-            trainer.global_step,
-            trainer.current_epoch,
-            trainer.fit_loop.state_dict(),
+            *progress,
             [_get_loader_state(loader) for loader in _get_loaders(trainer)],
             cast(Any, getattr(trainer.lightning_module, "step_state", dict))(),
             rng.get_rng_state(),

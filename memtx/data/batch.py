@@ -93,10 +93,7 @@ def count_limited(num_batches: int, limit: float) -> int:
 
 
 def limit_epochs(batches: Any, trainer: Any) -> None:
-    """End the epochs of training batches where a Lightning trainer does, and repeat the first for ``overfit_batches``.
-
-    Where the trainer alone ended them, a pass would end with a short epoch and a partial accumulation of gradients.
-    """
+    """End epochs of training batches where a Lightning trainer does, and repeat the first for ``overfit_batches``."""
     if trainer is not None:
         batches.steps_per_epoch = max(1, count_limited(len(batches), trainer.limit_train_batches))
         batches.repeats = trainer.overfit_batches > 0

@@ -1,12 +1,8 @@
-"""Lightning's StochasticWeightAveraging with the average where a model is validated, saved and exported.
-
-Lightning copies the average into the model at the end of the run, after the last checkpoint. Its ``WeightAveraging``
-and ``EMAWeightAveraging`` do by themselves what this file does.
-"""
+"""Lightning's StochasticWeightAveraging with the average in checkpoints, as its WeightAveraging does."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -19,8 +15,7 @@ _TRAINED_WEIGHTS_KEY = "memtx_trained_weights"
 
 
 def _find_average(trainer: pl.Trainer) -> nn.Module | None:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
+    for callback in cast(Any, trainer).callbacks:
         if isinstance(callback, StochasticWeightAveraging) and callback.n_averaged is not None:
             return callback._average_model if callback.n_averaged > 0 else None
     return None

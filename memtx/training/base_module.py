@@ -26,7 +26,6 @@ from memtx.training.optimizers import (
     WarmupCosine,
     build_optimizer,
     default_optimizer,
-    set_base_lr,
 )
 
 _DISTILLATION_PREFIX = "distillation."
@@ -64,7 +63,6 @@ class BaseModule(pl.LightningModule):
         self.tokens_seen = 0
         self._resume_state: dict[str, Any] | None = None
         self._total_steps = 0
-        self._first_lrs: list[float] = []
 
     def rank_state(self) -> dict[str, Any]:
         """Return the state of this process for a checkpoint, as tensors and plain values."""
@@ -179,22 +177,6 @@ class BaseModule(pl.LightningModule):
                 monitor = getattr(config.scheduler, "monitor", default)
                 config.scheduler.step(self.trainer.callback_metrics[monitor])
 
-    @property
-    def lr(self) -> float:
-        """Learning rate of the first parameter group before the schedule, which LearningRateFinder reads and sets."""
-        if self._trainer is None or not self._trainer.optimizers:
-            raise AttributeError("The learning rate is known in training only.")
-        group = self._trainer.optimizers[0].param_groups[0]
-        return float(group.get("initial_lr", group["lr"]))
-
-    @lr.setter
-    def lr(self, value: float) -> None:
-        optimizer = self.trainer.optimizers[0]
-        schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        set_base_lr(optimizer, schedules, value)
-        # The finder sets all groups to the value afterwards, without the schedule.
-        self._first_lrs = [group["lr"] for group in optimizer.param_groups]
-
     def on_validation_epoch_start(self) -> None:
         """Validate the average of the weights, if there is one."""
         averaging.swap_average(self.trainer, self)
@@ -263,9 +245,6 @@ class BaseModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Restore the states of this rank: after setup, which draws random numbers."""
-        for group, lr in zip(self.trainer.optimizers[0].param_groups, self._first_lrs, strict=False):
-            group["lr"] = lr
-        self._first_lrs = []
         if (entry := self._resume_state) is None:
             return
         self._resume_state = None

@@ -9,20 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
-ADAMW_LR = 1e-3
-"""Learning rate of the other parameters, unless Muon's is on AdamW's scale."""
+ADAMW_LR = 1e-3  # unless Muon's is on AdamW's scale
 
 
 class MuonWithAdamW(Optimizer):
-    """One optimizer of two: Muon updates the hidden matrices, AdamW embeddings, head, norms and biases.
-
-    The schedule scales both learning rates. Muon's is that of its arguments; AdamW's is the same with ``adjust_lr_fn:
-    match_rms_adamw``, which gives both one scale, else 1e-3.
-
-    Args:
-        muon: Optimizer of the matrices.
-        adamw: Optimizer of the other parameters.
-    """
+    """One optimizer of two, whose learning rates a schedule scales together; see :func:`add_adamw`."""
 
     def __init__(self, muon: Muon, adamw: AdamW) -> None:
         self._parts: tuple[Optimizer, Optimizer] = (muon, adamw)
@@ -63,7 +54,7 @@ def split_groups(model: nn.Module, groups: list[dict[str, Any]]) -> tuple[list[d
 
 
 def add_adamw(make_muon: Callable[[Any], Muon], model: nn.Module, groups: list[dict[str, Any]]) -> Optimizer:
-    """Return Muon for the hidden matrices among the groups, with AdamW for other parameters if there are any."""
+    """Return Muon for the hidden matrices, with AdamW for other parameters: at 1e-3, or Muon's rate if on its scale."""
     hidden, others = split_groups(model, groups)
     if not hidden:
         return AdamW(others, lr=ADAMW_LR, betas=(0.9, 0.95), weight_decay=0.1)

@@ -37,10 +37,8 @@ def make_param_groups(model: nn.Module) -> list[dict[str, Any]]:
 def build_optimizer(make_optimizer: OptimizerFactory, model: nn.Module) -> Optimizer:
     """Return the optimizer of a model's trainable parameters.
 
-    ``torch.optim.Muon``, which takes matrices only, is given an AdamW for the other parameters.
-
-    Raises:
-        MemtxError: The optimizer evaluates a batch several times, or its settings are wrong.
+    ``torch.optim.Muon``, which takes matrices only, is given an AdamW for the other parameters. Raises MemtxError if
+    the optimizer evaluates a batch several times, or its settings are wrong.
     """
     groups = make_param_groups(model)
     try:
@@ -79,20 +77,6 @@ def check_optimizer(make_optimizer: OptimizerFactory, make_scheduler: SchedulerF
         if isinstance(error, MemtxError):
             raise
         raise MemtxError(f"model.scheduler: {error}.", "Change its init_args.") from error
-
-
-def set_base_lr(optimizer: Optimizer, schedules: Iterable[LRScheduler], lr: float) -> None:
-    """Set the learning rate that the schedules scale, of the first group; the others keep their ratio to it."""
-    groups = optimizer.param_groups
-    base_lrs = [float(group.get("initial_lr", group["lr"])) for group in groups]
-    new_lrs = [lr * (base_lr / base_lrs[0]) if base_lrs[0] else lr for base_lr in base_lrs]
-    for group, base_lr, new_lr in zip(groups, base_lrs, new_lrs, strict=True):
-        group["lr"] = new_lr * (group["lr"] / base_lr if base_lr else 1.0)
-        if "initial_lr" in group:
-            group["initial_lr"] = new_lr
-    for schedule in schedules:
-        if hasattr(schedule, "base_lrs"):
-            schedule.base_lrs = list(new_lrs)
 
 
 _CONFIG_KEYS = ("warmup_steps", "total_steps", "min_lr_ratio")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, LearningRateMonitor, ModelCheckpoint
 
 from memtx.checkpoint.training import BestCheckpoint
 from memtx.data.batch import count_limited
@@ -18,13 +18,14 @@ _LOGGED_BY_CALLBACK: dict[str, tuple[str, ...]] = {
     "ClosedGateMonitor": ("val_closed_gate_fraction",),
     "TokenAccuracy": ("val_accuracy",),
 }
-"""Names that our callbacks log in training, by class."""
-
 _KNOWN_PACKAGES = {"memtx", "lightning", "pytorch_lightning", "torch", "torchmetrics"}
 
 
 def check_numbers(trainer: pl.Trainer) -> None:
-    """Raise MemtxError for a number that would divide by zero later."""
+    """Raise MemtxError for a number that would divide by zero later, or a search that cannot work."""
+    if any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        hint = "Remove it, and try a few values of --model.optimizer.init_args.lr."
+        raise MemtxError("LearningRateFinder does not know the groups and the schedule of this optimizer.", hint)
     for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"):
         value = getattr(trainer, name, None)
         if value is None:
@@ -55,16 +56,7 @@ def has_validation(trainer: pl.Trainer) -> bool:
 
 
 def check_monitors(trainer: pl.Trainer, module: pl.LightningModule, logged: set[str], schedule: Any = None) -> None:
-    """Raise MemtxError if a callback or the schedule monitors a name that is never logged.
-
-    Nothing is checked if a callback or a part of the module is a class of the user, which may log other names.
-
-    Args:
-        trainer: Trainer with its callbacks.
-        module: Module to train.
-        logged: Names that the module logs.
-        schedule: Learning rate schedule; only one with an attribute ``monitor`` is checked.
-    """
+    """Raise MemtxError if one monitors a name that is never logged; classes of the user may log any name."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     packages = {type(part).__module__.partition(".")[0] for part in (*module.modules(), *callbacks)}
     if not packages <= _KNOWN_PACKAGES:

@@ -97,7 +97,7 @@ def test_the_last_line_is_true(program: Program, tmp_path: Path) -> None:
         ("--trainer.callbacks+=BatchSizeFinder --trainer.callbacks.batch_arg_name size", "Field size not found"),
         ("--trainer.callbacks+=DeviceStatsMonitor --trainer.logger false", "DeviceStatsMonitor"),
         ("--trainer.overfit_batches 0.0001", "train_dataloader"),
-        ("--trainer.callbacks+=LearningRateFinder --trainer.callbacks.attr_name rate", "rate"),
+        ("--trainer.callbacks+=LearningRateFinder", "LearningRateFinder"),
     ],
 )
 def test_an_option_that_cannot_work_is_one_line(program: Program, tmp_path: Path, options: str, expected: str) -> None:

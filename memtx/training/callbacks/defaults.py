@@ -16,15 +16,8 @@ from memtx.training.callbacks.skip_nonfinite import SkipNonFinite
 from memtx.training.callbacks.summary import ParameterSummary
 from memtx.training.callbacks.throughput import Throughput
 
-BAREBONES_OPTIONS = (
-    "logger",
-    "enable_checkpointing",
-    "enable_progress_bar",
-    "enable_model_summary",
-    "log_every_n_steps",
-    "num_sanity_val_steps",
-)
-"""Options of the trainer that ``barebones`` turns off."""
+BAREBONES_OPTIONS = ["enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger"]
+BAREBONES_OPTIONS += ["log_every_n_steps", "num_sanity_val_steps"]
 
 
 def adapt_options(options: dict[str, Any], best_checkpoint: Sequence[pl.Callback], interactive: bool) -> dict[str, Any]:
@@ -32,11 +25,6 @@ def adapt_options(options: dict[str, Any], best_checkpoint: Sequence[pl.Callback
 
     A user's callback replaces the default of its class, a user's progress bar ours, and an option that turns a feature
     off also removes our callbacks for it. ``barebones`` removes all of them, and the options that it turns off.
-
-    Args:
-        options: Arguments of the trainer, callbacks included.
-        best_checkpoint: The callbacks that write checkpoints unless ``enable_checkpointing`` is False.
-        interactive: If True, the program runs in a terminal, where a bar shows the progress.
     """
     user_callbacks = options["callbacks"] or []
     user_callbacks = user_callbacks if isinstance(user_callbacks, list) else [user_callbacks]

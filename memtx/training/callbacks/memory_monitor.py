@@ -141,11 +141,7 @@ class ClosedGateMonitor(pl.Callback):
 
 
 class UnusedMemoryWarning(pl.Callback):
-    """Warns on stderr if memory did not improve several validations; needs ``measure_memory_gain``.
-
-    At first no memory is used, so it takes 5 validations in a row, the last of them in the second half of a run whose
-    steps are known, and it is written once.
-    """
+    """Warns once if memory improved none of 5 validations in the second half of a run with ``measure_memory_gain``."""
 
     def __init__(self) -> None:
         self._num_without_gain = 0

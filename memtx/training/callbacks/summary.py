@@ -12,10 +12,7 @@ FLOPS_COLUMN = "FLOPs"
 
 
 class ParameterSummary(ModelSummary):
-    """Writes the parts of the model with their parameters to stderr.
-
-    Lightning's summary also has operations per call, which are 0 for a module without an example input.
-    """
+    """Writes the parts of the model with their parameters to stderr, without Lightning's count of 0 operations."""
 
     @staticmethod
     def summarize(
