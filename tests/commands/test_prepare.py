@@ -120,3 +120,25 @@ def test_ctrl_c_keeps_finished_shards(corpus: Path, tmp_path: Path) -> None:
     assert inodes
     assert start(corpus, out).wait(120) == 0
     assert {name: (out / "train" / name).stat().st_ino for name in inodes} == inodes
+
+
+def test_lines_say_what_is_left_out_and_cut(program: Program, tmp_path: Path) -> None:
+    for name in ("train.txt", "train/more.md", "notes.txt", "README.md", "LICENSE", ".DS_Store", "a.pdf"):
+        (tmp_path / "books [1]" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "books [1]" / name).write_text("Some words to read. " * 40)
+    result = program("prepare", "books [1]", "--output-dir", "tokens", "--num-workers", "1", cwd=tmp_path)
+    assert result.code == 0, result.err
+    (note,) = (line for line in result.out.splitlines() if line.startswith("'books [1]': not read: "))
+    reasons = ["1 hidden (.DS_Store)", "1 with other endings (a.pdf)", "1 in no split (notes.txt)"]
+    for reason in (*reasons, "2 README, licence or metadata (LICENSE, README.md)"):
+        assert reason in note
+    assert "'books [1]' has no validation split. Name a file or folder train, validation" in result.out
+    write(tmp_path, changed(("data", "root"), "books [1]"))
+    result = program("fit", "--config", "c.yaml", cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert result.err.count("1 in no split (notes.txt)") == 1
+    assert result.err.count("has no validation split, so there is no validation") == 1
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.csv").write_text("text\nSome words.\n")
+    result = program("fit", "--config", "c.yaml", "--data.root", "rows", "--run_dir", "other", cwd=tmp_path)
+    refused(result, "'rows' holds tables of texts", "memtx prepare rows --output-dir")

@@ -232,3 +232,17 @@ def test_a_real_book_is_read(books: Path, model: str, tmp_path: Path, capsys: py
     path.write_bytes(sorted(books.glob("*/*.txt"))[0].read_bytes()[:20_000].decode(errors="ignore").encode())
     totals = read_json(capsys, str(path), "--checkpoint", model)
     assert totals["words"] == len(path.read_text(encoding="utf-8").split())
+
+
+def test_a_byte_order_mark_is_no_text_and_nul_is_refused(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = []
+    for mark in ("", "\ufeff"):
+        (tmp_path / "book.txt").write_text(mark + "A text of some words.\n" * 40, encoding="utf-8")
+        assert main(["read", str(tmp_path / "book.txt"), "--checkpoint", model, "--json"]) == 0
+        output = json.loads(capsys.readouterr().out)
+        outputs.append({name: value for name, value in output.items() if "second" not in name})
+    assert outputs[0] == outputs[1]
+    (tmp_path / "book.txt").write_bytes("A text.\n".encode("utf-16-le"))
+    assert "holds a NUL byte at byte offset 1" in read_error(capsys, str(tmp_path / "book.txt"), "--checkpoint", model)

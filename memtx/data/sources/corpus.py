@@ -6,6 +6,7 @@ Opening a corpus only lists documents; text is read when it is asked for, with n
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,9 +44,10 @@ def open_corpus(root: str | os.PathLike[str]) -> Corpus:
         manifest = scan_files([name], TableColumns(), SplitFractions())
     except DataError as error:
         raise DataError(error.message, PG19_HINT if "holds no text" in error.message else error.hint) from error
-    is_text = all(isinstance(part, Document) for part, _ in manifest.iter_parts())
+    # The few rows of a small table are documents already.
+    is_text = all(isinstance(part, Document) and not part.is_table_row for part, _ in manifest.iter_parts())
     if not is_text and not is_table(name):
-        hint = f"Tokenize them once: memtx prepare {name} --output-dir FOLDER, and give that folder."
+        hint = f"Tokenize them once: memtx prepare {shlex.quote(name)} --output-dir FOLDER, and give that folder."
         raise DataError(f"'{root}' holds tables of texts, expected text files or one table given by name.", hint)
     return Corpus(name, _read_documents(manifest), left_out=manifest.left_out, assignment=manifest.assignment)
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 
 from memtx.data.batch import check_options, limit_epochs, rank_and_world_size
 from memtx.data.hf_tokenizers import HFTokenizer, WordPieceTokenizer
 from memtx.data.tasks.base import EncodedExample, PreparedExample, Task, task_to_json
 from memtx.data.tasks.batches import EvaluationBatches, TaskBatch, TrainingBatches, collate
-from memtx.data.tasks.examples import read_examples, split_path
+from memtx.data.tasks.examples import find_split, read_examples, split_path
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import CheckpointError, DataError
 
@@ -103,7 +104,7 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
 
     def has_split(self, split: str) -> bool:
         """Return whether there are examples of a split."""
-        return self.root is not None and (Path(self.root).expanduser() / f"{split}.jsonl").is_file()
+        return self.root is not None and find_split(Path(self.root).expanduser(), split) is not None
 
     def train_dataloader(self) -> TrainingBatches[B]:
         """Return this rank's batches from the position on."""
@@ -119,7 +120,10 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
 
     def val_dataloader(self) -> Any:
         """Return the validation examples; an empty list if there are none."""
-        return self._evaluation_batches("validation") if self.has_split("validation") else []
+        if not self.has_split("validation"):
+            rank_zero_info(f"'{self.root}' has no validation.jsonl, so there is no validation.")
+            return []
+        return self._evaluation_batches("validation")
 
     def test_dataloader(self) -> Any:
         """Return the test examples."""
@@ -144,7 +148,7 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
 
 
 class TaskDataModule(ExampleDataModule[PreparedExample, TaskBatch]):
-    """Examples of a task in ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` of a folder.
+    """Examples of a task in ``train.jsonl``, ``validation.jsonl`` (or valid, val, dev, eval) and ``test.jsonl``.
 
     Labels and a trained tokenizer come from the training examples, and are in the checkpoint with the task. Raises
     DataError if a number is out of range.

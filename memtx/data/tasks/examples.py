@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self, TypeVar
 
+from memtx.data.sources.splits import infer_splits
 from memtx.errors import DataError, closest_match
 
 E = TypeVar("E")
@@ -195,15 +196,31 @@ def iter_examples(
 
 
 def split_path(root: str | None, split: str) -> Path:
-    """Return the file of a split in a folder of examples; raises DataError if there is no such file."""
+    """Return the file of a split in a folder of examples; raises DataError if there is none, or several."""
     if root is None:
         raise DataError("data.root is not set, expected a folder of examples.", LAYOUT_HINT)
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise DataError(f"'{root}' is no folder, expected one of examples.", LAYOUT_HINT)
-    if not (folder / f"{split}.jsonl").is_file():
+    if (path := find_split(folder, split)) is None:
         raise DataError(f"'{root}' has no {split}.jsonl.", LAYOUT_HINT)
-    return folder / f"{split}.jsonl"
+    return path
+
+
+def find_split(folder: Path, split: str) -> Path | None:
+    """Return ``SPLIT.jsonl`` of a folder, else the one JSON lines file whose name gives the split, such as dev.jsonl.
+
+    Raises DataError if there are several.
+    """
+    if (folder / f"{split}.jsonl").is_file():
+        return folder / f"{split}.jsonl"
+    paths = sorted(path for path in folder.glob("*.*") if path.suffix in (".jsonl", ".ndjson") and path.is_file())
+    splits = infer_splits([path.name for path in paths])
+    matches = [path for path, name in zip(paths, splits, strict=True) if name == split]
+    if len(matches) > 1:
+        names = ", ".join(path.name for path in matches)
+        raise DataError(f"'{folder}' has {names} for {split}, expected one file.", f"Join them into {split}.jsonl.")
+    return matches[0] if matches else None
 
 
 def _parse_record(line: bytes) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ from memtx.data.tasks.examples import (
     TaggedExample,
     TextExample,
     read_examples,
+    split_path,
 )
 from memtx.errors import DataError
 from tests.tasks import records, write_lines
@@ -121,3 +122,17 @@ def test_any_record_is_an_example_or_a_clear_error(record: Any, kind: str, label
         return
     assert refusal.message
     assert refusal.hint
+
+
+def test_the_names_of_splits_are_those_of_texts(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00001.jsonl", "dev.jsonl", "contest.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    assert split_path(str(tmp_path), "train").name == "train-00000-of-00001.jsonl"
+    assert split_path(str(tmp_path), "validation").name == "dev.jsonl"
+    with pytest.raises(DataError, match=r"has no test\.jsonl"):
+        split_path(str(tmp_path), "test")
+    (tmp_path / "valid.jsonl").touch()
+    with pytest.raises(DataError, match=r"has dev\.jsonl, valid\.jsonl for validation, expected one file"):
+        split_path(str(tmp_path), "validation")
+    (tmp_path / "validation.jsonl").touch()
+    assert split_path(str(tmp_path), "validation").name == "validation.jsonl"
