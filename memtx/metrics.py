@@ -83,14 +83,48 @@ class BitsPerByte(_NllPerUnit):
         return self.nll / self.units / math.log(2)
 
 
+class BitsPerCharacter(BitsPerByte):
+    """Negative log-likelihood in bits per character of the raw text."""
+
+    unit = "characters"
+
+
+MAX_BYTES_PER_WORD = 40
+"""Mean bytes per whitespace-separated word above which whitespace does not separate words, as in Chinese, Japanese or
+Thai; words of Tamil and Malayalam, among the longest in UTF-8, have about 30."""
+
+MAX_WORD_PERPLEXITY = 1e7
+"""Word perplexity above which it says nothing: that of a model before it has learned words."""
+
+
+def is_word_measure(num_words: float, num_bytes: float) -> bool:
+    """Return whether whitespace separates the words of a text, so that its word perplexity means something."""
+    return num_bytes <= MAX_BYTES_PER_WORD * num_words
+
+
 class WordPerplexity(_NllPerUnit):
-    """``exp(nll / words of the raw text)``, PG-19's measure (Rae et al. 2019, section 4.1)."""
+    """``exp(nll / words of the raw text)``, PG-19's measure (Rae et al. 2019, section 4.1).
+
+    NaN if it means nothing: above :data:`MAX_WORD_PERPLEXITY`, or by :func:`is_word_measure`.
+    """
 
     unit = "words"
+    num_bytes: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._add_sums("num_bytes", dtype=torch.int64)
+
+    def update(self, nll: Tensor | float, units: Tensor | int, num_bytes: Tensor | int = 0) -> None:
+        """Add a batch: its negative log-likelihood in nats, and the words and bytes of its raw text."""
+        super().update(nll, units)
+        self.num_bytes += torch.as_tensor(num_bytes, device=self.num_bytes.device).sum()
 
     def compute(self) -> Tensor:
-        """Return the perplexity, ``()`` float64; inf if the exponential overflows, NaN or inf without words."""
-        return (self.nll / self.units).exp()
+        """Return the perplexity, ``()`` float64; NaN if it means nothing."""
+        perplexity = (self.nll / self.units).exp()
+        is_meaningful = perplexity <= MAX_WORD_PERPLEXITY and is_word_measure(int(self.units), int(self.num_bytes))
+        return perplexity if is_meaningful else torch.full_like(perplexity, math.nan)
 
 
 Span = tuple[str, int, int]

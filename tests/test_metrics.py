@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memtx.errors import MemtxError
-from memtx.metrics import AnswerExactMatch, AnswerF1, BitsPerByte, SpanF1, WordPerplexity
+from memtx.inference.reader import Totals
+from memtx.metrics import MAX_WORD_PERPLEXITY, AnswerExactMatch, AnswerF1, BitsPerByte, SpanF1, WordPerplexity
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e4), st.integers(1, 10_000)), min_size=1, max_size=10))
@@ -19,7 +21,9 @@ def test_sums_are_divided_once(batches: list[tuple[float, int]]) -> None:
         words.update(torch.tensor(nll, dtype=torch.float64), torch.tensor(units))
     mean = sum(nll for nll, _ in batches) / sum(units for _, units in batches)
     assert bits.compute().item() == pytest.approx(mean / math.log(2), rel=1e-12)
-    assert words.compute().item() == pytest.approx(float(torch.tensor(mean, dtype=torch.float64).exp()), rel=1e-9)
+    perplexity = float(torch.tensor(mean, dtype=torch.float64).exp())
+    expected = perplexity if perplexity <= MAX_WORD_PERPLEXITY else math.nan
+    assert words.compute().item() == pytest.approx(expected, rel=1e-9, nan_ok=True)
 
 
 def test_uniform_byte_model_needs_eight_bits() -> None:
@@ -48,7 +52,7 @@ def test_sums_stay_float64_when_the_model_is_cast() -> None:
 
 def test_sums_reduce_over_processes_and_reset() -> None:
     metric = WordPerplexity()
-    assert set(metric._reductions) == {"nll", "units"}
+    assert set(metric._reductions) == {"nll", "units", "num_bytes"}
     assert all(reduce(torch.tensor([1.0, 2.0])) == 3 for reduce in metric._reductions.values())
     metric.update(2.0, 2)
     assert metric.compute().item() == pytest.approx(math.e)
@@ -71,7 +75,33 @@ def test_text_without_words_gives_nan() -> None:
     metric = WordPerplexity()
     assert math.isnan(metric.compute().item())
     metric.update(3.0, 0)
-    assert metric.compute().item() == math.inf
+    assert math.isnan(metric.compute().item())
+
+
+@pytest.mark.parametrize(
+    ("text", "has_words"),
+    [
+        ("It was the best of times, it was the worst of times.", True),
+        ("Das Rindfleischetikettierungsueberwachungsaufgabenuebertragungsgesetz gilt.", True),
+        ("\u0b85\u0bb5\u0bb0\u0bcd\u0b95\u0bb3\u0bc1\u0b95\u0bcd\u0b95\u0bc1 \u0b87\u0ba4\u0bc1", True),
+        ("\u6211\u4eec\u5728\u8bfb\u4e66\uff0c\u4ed6\u4eec\u5728\u5199\u5b57\u3002" * 9, False),
+        ("\u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22\u0e40\u0e1b\u0e47\u0e19\u0e20\u0e32\u0e29\u0e32", False),
+    ],
+)
+def test_word_perplexity_is_left_out_where_whitespace_separates_no_words(text: str, has_words: bool) -> None:
+    metric = WordPerplexity()
+    metric.update(9.0, len(text.split()), len(text.encode()))
+    assert math.isnan(metric.compute().item()) != has_words
+    totals = replace(Totals().with_text(text), nll=9.0)
+    assert math.isnan(totals.word_perplexity) != has_words
+    assert totals.bits_per_character == pytest.approx(9.0 / math.log(2) / len(text))
+
+
+def test_word_perplexity_of_an_untrained_model_is_left_out() -> None:
+    metric = WordPerplexity()
+    metric.update(30.0, 1, 6)
+    assert math.isnan(metric.compute().item())
+    assert math.isnan(Totals(nll=30.0, num_words=1, num_bytes=6).word_perplexity)
 
 
 def test_span_f1_is_the_micro_average_of_whole_spans() -> None:

@@ -87,6 +87,7 @@ def print_totals(as_json: bool, reader: StreamReader, tokens_per_second: float) 
         figures = {
             "nll": totals.nll,
             "bits_per_byte": totals.bits_per_byte,
+            "bits_per_character": totals.bits_per_character,
             "word_perplexity": totals.word_perplexity,
             "tokens": totals.num_tokens,
             "words": totals.num_words,
@@ -100,10 +101,11 @@ def print_totals(as_json: bool, reader: StreamReader, tokens_per_second: float) 
         sys.stdout.write(json.dumps(finite) + "\n")
         return
     perplexity = totals.word_perplexity
+    words = f"  word perplexity    {perplexity:,.2f}\n" if math.isfinite(perplexity) else ""
     sys.stdout.write(
         f"total: {totals.num_tokens:,} tokens, {totals.num_words:,} words, {totals.num_bytes:,} bytes\n"
         f"  bits per byte      {totals.bits_per_byte:.4f}\n"
-        f"  word perplexity    {f'{perplexity:,.2f}' if math.isfinite(perplexity) else 'too large for a float'}\n"
+        f"  bits per character {totals.bits_per_character:.4f}\n{words}"
         f"  nats               {totals.nll:,.1f} ({totals.nll / max(1, totals.num_tokens):.4f} per token)\n"
         f"  speed              {tokens_per_second:,.0f} tokens/s\n"
         f"  state              {state_bytes / 2**20:.2f} MiB, peak memory {peak / 2**20:,.0f} MiB\n"

@@ -19,6 +19,7 @@ from memtx.data.tokenizers import Tokenizer
 from memtx.errors import CheckpointError, DataError, check_at_least
 from memtx.inference.batching import ScoreOutput, ScoreRequest, score_segments
 from memtx.inference.incremental_tokenizer import IncrementalTokenizer, TokenizedText
+from memtx.metrics import MAX_WORD_PERPLEXITY, is_word_measure
 from memtx.models.recurrent_lm import RecurrentLanguageModel
 from memtx.state import MemoryState
 
@@ -64,6 +65,7 @@ class Totals:
         num_bytes: Number of UTF-8 bytes fed so far, scored or not.
         num_words: Number of words fed so far, as ``len(text.split())``.
         in_word: If True, the text ends in a word, which more text may continue.
+        num_chars: Number of characters fed so far.
     """
 
     nll: float = 0.0
@@ -71,6 +73,7 @@ class Totals:
     num_bytes: int = 0
     num_words: int = 0
     in_word: bool = False
+    num_chars: int = 0
 
     @property
     def bits_per_byte(self) -> float:
@@ -79,11 +82,20 @@ class Totals:
 
     @property
     def word_perplexity(self) -> float:
-        """``exp(nll / num_words)``, as for PG-19 (Rae et al. 2019, section 4.1); inf on overflow, NaN without words."""
-        try:
-            return math.exp(self.nll / self.num_words) if self.num_words else math.nan
-        except OverflowError:
-            return math.inf
+        """``exp(nll / num_words)``, as for PG-19 (Rae et al. 2019, section 4.1).
+
+        NaN if it means nothing: above ``MAX_WORD_PERPLEXITY``, or if whitespace does not separate words.
+        """
+        nats_per_word = self.nll / self.num_words if self.num_words else math.inf
+        is_meaningful = nats_per_word <= math.log(MAX_WORD_PERPLEXITY) and is_word_measure(
+            self.num_words, self.num_bytes
+        )
+        return math.exp(nats_per_word) if is_meaningful else math.nan
+
+    @property
+    def bits_per_character(self) -> float:
+        """Bits per character of the text; NaN if it is empty."""
+        return nats_to_bits_per_byte(self.nll, self.num_chars)
 
     def with_text(self, text: str) -> Totals:
         """Return the totals after feeding ``text``."""
@@ -92,7 +104,8 @@ class Totals:
         continues_word = self.in_word and not text[0].isspace()
         num_bytes = self.num_bytes + len(text.encode("utf-8", "surrogatepass"))
         num_words = self.num_words + len(text.split()) - continues_word
-        return replace(self, num_bytes=num_bytes, num_words=num_words, in_word=not text[-1].isspace())
+        num_chars, in_word = self.num_chars + len(text), not text[-1].isspace()
+        return replace(self, num_bytes=num_bytes, num_words=num_words, in_word=in_word, num_chars=num_chars)
 
 
 @dataclass(frozen=True)

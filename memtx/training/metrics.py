@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torchmetrics import MeanMetric, Metric
 
 from memtx.data.batch import IGNORE_INDEX, Batch
-from memtx.metrics import BitsPerByte, WordPerplexity
+from memtx.metrics import BitsPerByte, BitsPerCharacter, WordPerplexity
 from memtx.models.recurrent_lm import RecurrentLanguageModel
 from memtx.segment import Segment
 from memtx.state import MemoryState
@@ -27,10 +27,12 @@ class LanguageMetrics(nn.ModuleDict):
     def __init__(self) -> None:
         classes: dict[str, type[Metric]] = {
             "bits_per_byte": BitsPerByte,
+            "bits_per_character": BitsPerCharacter,
             "word_perplexity": WordPerplexity,
             "loss": MeanMetric,
         }
         super().__init__({f"{stage}_{name}": make() for stage in ("val", "test") for name, make in classes.items()})
+        self._token_sizes: Tensor | None = None  # characters and bytes of each token
         for stage in ("val", "test"):
             # A float32 sum stops growing after some ten million tokens.
             self._get_metric(stage, "loss").set_dtype(torch.float64)
@@ -45,14 +47,31 @@ class LanguageMetrics(nn.ModuleDict):
 
         ``nll_sum``, ``()`` float64, is the sum over the ``num_scored`` labels, ``()``, in nats.
         """
-        for name, amount in (("bits_per_byte", batch.num_bytes), ("word_perplexity", batch.num_words)):
-            self._get_metric(stage, name).update(nll_sum, amount.sum())
+        self._get_metric(stage, "bits_per_byte").update(nll_sum, batch.num_bytes.sum())
+        self._get_metric(stage, "word_perplexity").update(nll_sum, batch.num_words.sum(), batch.num_bytes.sum())
+        num_chars = batch.num_bytes.sum() * self._characters_per_byte(module, batch.labels)
+        self._get_metric(stage, "bits_per_character").update(nll_sum, num_chars)
         self._get_metric(stage, "loss").update(nll_sum / num_scored.clamp(min=1), num_scored)
         # On every rank, whatever it scored: the others would wait forever for a rank that logs nothing.
-        for name in ("bits_per_byte", "word_perplexity", "loss"):
+        for name in ("bits_per_byte", "bits_per_character", "word_perplexity", "loss"):
             metric, batch_size = self._get_metric(stage, name), batch.tokens.shape[0]
-            show = name != "loss"
+            show = name in ("bits_per_byte", "word_perplexity")
             module.log(f"{stage}_{name}", metric, prog_bar=show, on_step=False, on_epoch=True, batch_size=batch_size)
+
+    def _characters_per_byte(self, module: pl.LightningModule, labels: Tensor) -> Tensor:
+        """Return the characters per byte of the scored labels' text, ``()`` float64; 1 without a tokenizer."""
+        if self._token_sizes is None:
+            datamodule = getattr(module.trainer, "datamodule", None)
+            tokenizer = getattr(datamodule, "tokenizer", None)
+            contents = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)] if tokenizer else []
+            # A character is counted at its first byte; the others are 0x80 to 0xBF.
+            sizes = [(sum(byte & 0xC0 != 0x80 for byte in content), len(content)) for content in contents]
+            self._token_sizes = torch.tensor(sizes, dtype=torch.float64).reshape(-1, 2)
+        if not len(self._token_sizes):
+            return torch.ones((), dtype=torch.float64, device=labels.device)
+        self._token_sizes = self._token_sizes.to(labels.device)
+        sizes_sum: Tensor = self._token_sizes[labels[labels != IGNORE_INDEX]].sum(0)
+        return sizes_sum[0] / sizes_sum[1].clamp(min=1)
 
 
 class MemoryGain(nn.Module):

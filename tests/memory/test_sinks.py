@@ -21,10 +21,21 @@ from tests.memory.harness import DIM, HEADS, Layer
 close = partial(torch.testing.assert_close, rtol=0, atol=1e-10)
 
 
+class DecayingLayer(Layer):
+    """A layer whose keys are smaller the farther away they are seen from."""
+
+    def apply_relative(self, keys: Tensor, distance: Tensor) -> Tensor:
+        return keys * 0.8 ** distance[:, None, None]
+
+
 def attend_naively(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return outputs ``(tokens, HEADS, width)`` and lse for a document ``(tokens, DIM)``, zero and -inf for no sink."""
     memory = layer.memory
     q, k, v = (layer.project(x[None], part, frozen=False)[0] for part in ("query", "key", "value"))
+    if memory.use_positions:
+        # The first sink is seen at the end of the window, the others one position nearer each.
+        distance = [max(0, memory.exclude_recent - 1 - index) for index in range(len(x))]
+        k = k * 0.8 ** torch.tensor(distance, dtype=x.dtype)[:, None, None]
     out, lse = torch.zeros_like(q), torch.full(q.shape[:2], float("-inf"), dtype=x.dtype)
     for query in range(len(x)):
         seen = [sink for sink in range(min(memory.num_sinks, len(x))) if query - sink >= memory.exclude_recent]
@@ -42,13 +53,15 @@ def attend_naively(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     n=st.integers(1, 40),
     start_prob=st.sampled_from([0.0, 0.05, 0.2]),
     ends=st.lists(st.integers(1, 39), max_size=4),
+    use_positions=st.booleans(),
 )
 def test_it_is_a_softmax_over_the_first_tokens(
-    seed: int, exclude_recent: int, num_sinks: int, n: int, start_prob: float, ends: list[int]
+    seed: int, exclude_recent: int, num_sinks: int, n: int, start_prob: float, ends: list[int], use_positions: bool
 ) -> None:
     """This holds for any segmentation and any document starts."""
     torch.manual_seed(seed)
-    layer = Layer(SinkMemory(DIM, num_sinks=min(num_sinks, exclude_recent + 1), exclude_recent=exclude_recent)).double()
+    options = {"num_sinks": min(num_sinks, exclude_recent + 1), "exclude_recent": exclude_recent}
+    layer = DecayingLayer(SinkMemory(DIM, **options, use_positions=use_positions)).double()
     x = torch.randn(2, n, DIM, dtype=torch.float64)
     document_starts = torch.rand(2, n) < start_prob
     state, past_length, readouts, start = layer.memory.init_state(2, like=x), torch.zeros(2, dtype=torch.int64), [], 0

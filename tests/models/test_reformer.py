@@ -174,6 +174,13 @@ def test_buckets_fit_into_their_integers(num_buckets: Any) -> None:
     assert (buckets[..., -3:] == math.prod(factors)).all()
 
 
+@pytest.mark.parametrize("kind", [LocalAttention, LSHAttention])
+def test_attention_has_no_biases(kind: Any) -> None:
+    """As in the published models; zeros then stay zeros."""
+    assert not kind(8, 2)(torch.zeros(1, 6, 8), None, None)[0].any()
+    assert not [name for name, _ in kind(8, 2).named_parameters() if "bias" in name]
+
+
 def test_dropout_is_equal_in_forward_and_backward() -> None:
     attentions = [
         partial(LocalAttention, chunk_length=4, dropout=0.3),

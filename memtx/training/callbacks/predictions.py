@@ -17,6 +17,7 @@ from torch import Tensor
 
 from memtx import files
 from memtx.data.batch import IGNORE_INDEX, Batch
+from memtx.metrics import is_word_measure
 
 DOCUMENTS_FILE = "documents.jsonl"
 SURPRISAL_FILE = "surprisal.safetensors"
@@ -105,6 +106,7 @@ def _document_records(documents: Sequence[_Document], dataloader: Any) -> Iterat
         nll, num_words, num_bytes = float(values.double().sum()), store.num_words[index], store.num_bytes[index]
         # The text's size is not that of the scored part if the document was not read to its end.
         is_complete = len(values) == int(store.lengths[index]) - 1
+        has_words = num_words and is_word_measure(int(num_words), int(num_bytes))
         metrics = {
             "id": store.ids[index],
             "title": store.titles[index],
@@ -113,7 +115,7 @@ def _document_records(documents: Sequence[_Document], dataloader: Any) -> Iterat
             "bytes": int(num_bytes),
             "nll": nll,
             "bits_per_byte": nll / math.log(2) / int(num_bytes) if is_complete and num_bytes else None,
-            "word_perplexity": _safe_exp(nll / int(num_words)) if is_complete and num_words else None,
+            "word_perplexity": _safe_exp(nll / int(num_words)) if is_complete and has_words else None,
         }
         yield metrics, values
 

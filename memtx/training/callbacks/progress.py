@@ -19,6 +19,7 @@ _TRAIN_METRICS = (("train_loss", "loss", ".3f"), ("train_bits_per_byte", "bits/b
 _VAL_METRICS = (
     ("val_loss", "loss", ".3f"),
     ("val_bits_per_byte", "bits/byte", ".4f"),
+    ("val_bits_per_character", "bits/character", ".4f"),
     ("val_word_perplexity", "word perplexity", ".5g"),
     ("val_accuracy", "accuracy", ".4f"),
     ("val_exact_match", "exact match", ".4f"),
@@ -34,7 +35,9 @@ _SHORT_NAMES = {
 
 
 def _format_metrics(metrics: Mapping[str, Any], names: tuple[tuple[str, str, str], ...]) -> str:
-    return "".join(f"  {label} {float(metrics[name]):{spec}}" for name, label, spec in names if name in metrics)
+    # A metric that means nothing yet is NaN.
+    values = [(label, float(metrics[name]), spec) for name, label, spec in names if name in metrics]
+    return "".join(f"  {label} {value:{spec}}" for label, value, spec in values if not math.isnan(value))
 
 
 def format_duration(seconds: float) -> str:
