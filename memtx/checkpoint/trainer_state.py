@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -43,16 +42,11 @@ def total_steps(trainer: pl.Trainer, batches_per_epoch: float | None = None) -> 
     num_batches = trainer.num_training_batches if batches_per_epoch is None else batches_per_epoch
     if trainer.max_epochs is not None and trainer.max_epochs > 0 and math.isfinite(num_batches):
         # An epoch ends with an optimizer step, however few batches were accumulated.
-        limits.append(sum(math.ceil(num_batches / count) for count in _accumulated_batches(trainer)))
+        entries = (entry for entry in cast(Any, trainer).callbacks if isinstance(entry, GradientAccumulationScheduler))
+        schedule = next(entries, GradientAccumulationScheduler({0: trainer.accumulate_grad_batches}))
+        get_count = schedule.get_accumulate_grad_batches
+        limits.append(sum(math.ceil(num_batches / get_count(epoch)) for epoch in range(trainer.max_epochs)))
     return min(limits) if limits else None
-
-
-def _accumulated_batches(trainer: pl.Trainer) -> Iterator[int]:
-    """Yield the batches of an optimizer step in each epoch."""
-    callbacks = cast(list[Any], cast(Any, trainer).callbacks)
-    scheduler = next((entry for entry in callbacks if isinstance(entry, GradientAccumulationScheduler)), None)
-    for epoch in range(trainer.max_epochs or 0):
-        yield trainer.accumulate_grad_batches if scheduler is None else scheduler.get_accumulate_grad_batches(epoch)
 
 
 def sync_batch_progress(trainer: pl.Trainer) -> None:

@@ -204,8 +204,7 @@ class BestCheckpoint(ModelCheckpoint):
             _run_after_writes(trainer, partial(_keep_earlier, self._last_path))
         super()._save_last_checkpoint(trainer, monitor_candidates)
         self._owns_last = True
-        step = self._whole_step.global_step if self._saves_whole_step and self._whole_step else trainer.global_step
-        self._last_saved_step = step
+        self._last_saved_step = self._last_global_step_saved
         if trainer.is_global_zero:
             prune = partial(_prune_earlier, self._last_path.parent, self.keep_last - 1, trainer.global_step)
             _run_after_writes(trainer, prune)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
@@ -34,7 +35,7 @@ from memtx.training.callbacks.oom import is_out_of_memory
 from memtx.training.callbacks.predictions import PredictionWriter
 from memtx.training.csv_logger import ResumableCSVLogger
 from memtx.training.language import LanguageModule
-from memtx.training.optimizers import check_optimizer
+from memtx.training.optimizers import build_optimizer
 
 LAST_CHECKPOINT = "last.ckpt"
 CHECKPOINT_DIR = "checkpoints"
@@ -223,7 +224,10 @@ class MemtxCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Try optimizer and schedule, so that a wrong setting fails before any work."""
-        check_optimizer(self.model.make_optimizer, self.model.make_scheduler)
+        with torch.random.fork_rng(devices=[]):
+            optimizer = build_optimizer(self.model.make_optimizer, torch.nn.Linear(2, 2))
+        if self.model.make_scheduler is not None:
+            self.model.make_scheduler(optimizer)
 
     def after_fit(self) -> None:
         """Print the run folder, and how to test it if that is possible."""
@@ -272,10 +276,7 @@ class MemtxCLI(LightningCLI):
             return f"No checkpoint was written{reason}, so there is nothing to test."
         has_split = getattr(self.datamodule, "has_split", None)
         if has_split is not None and not has_split("test"):
-            return (
-                f"The run is in '{run_dir}'. There is no test split: give texts that have one to "
-                "`memtx test` with --data.root, or run `memtx validate`."
-            )
+            return f"The run is in '{run_dir}'. It has no test split: give `memtx test` a --data.root that has one."
         return ""
 
     def after_predict(self) -> None:
@@ -349,10 +350,8 @@ def _to_list(value: Any) -> list[Any]:
 
 def _is_raised_by_options(error: BaseException) -> bool:
     """Return whether Lightning, or an optimizer or schedule of torch, complains about an option of the user."""
-    if isinstance(error, MisconfigurationException):
-        return True
     if not isinstance(error, ValueError | TypeError | AttributeError | RuntimeError | ZeroDivisionError):
-        return False
+        return isinstance(error, MisconfigurationException)
     frames = traceback.extract_tb(error.__traceback__)
     path = Path(frames[-1].filename).as_posix() if frames else ""
     return "/site-packages/lightning/" in path or "/site-packages/torch/optim/" in path

@@ -10,8 +10,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-_TRAINED_WEIGHTS_KEY = "memtx_trained_weights"
-"""Entry of a checkpoint for the weights that training continues from, where ``state_dict`` has the average."""
+_TRAINED_WEIGHTS_KEY = "memtx_trained_weights"  # in a checkpoint whose ``state_dict`` is the average
 
 
 def _find_average(trainer: pl.Trainer) -> nn.Module | None:

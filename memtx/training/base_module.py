@@ -146,18 +146,15 @@ class BaseModule(pl.LightningModule):
         self._total_steps = self._compute_total_steps() if self.distillation is not None else 0
         optimizer = build_optimizer(self.make_optimizer, self)
         scheduler = None if self.make_scheduler is None else self.make_scheduler(optimizer)
-        preflight.check_monitors(self.trainer, self, self.logged_metrics(), scheduler)
-        if self.datamodule is not None and isinstance(getattr(self.trainer, "val_check_interval", None), int):
-            preflight.check_validation_interval(self.trainer, len(self.datamodule.train_dataloader()))
+        logged = {"train_loss", "train_bits_per_byte", *getattr(self, "metrics", ())}
+        preflight.check_monitors(self.trainer, self, logged, scheduler)
         if scheduler is None:
             return optimizer
         if isinstance(scheduler, WarmupCosine) and scheduler.total_steps == 0:
             scheduler.total_steps = self._compute_total_steps()
         if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < (num_steps := self._compute_total_steps()):
-            raise MemtxError(
-                f"model.scheduler: OneCycleLR has {scheduler.total_steps} total_steps, the run {num_steps}.",
-                f"Set its total_steps to {num_steps}.",
-            )
+            message = f"model.scheduler: OneCycleLR has {scheduler.total_steps} total_steps, the run {num_steps}."
+            raise MemtxError(message, f"Set its total_steps to {num_steps}.")
         # Lightning would step a plateau schedule after every batch, with the metric of the last validation.
         config = {"scheduler": scheduler, "interval": "step", "reduce_on_plateau": False}
         return {"optimizer": optimizer, "lr_scheduler": config}
@@ -190,13 +187,6 @@ class BaseModule(pl.LightningModule):
         """Step a plateau schedule if the run does not validate."""
         if not preflight.has_validation(self.trainer):
             self._step_plateau_schedule()
-
-    def logged_metrics(self) -> set[str]:
-        """Return the names that training and validation log, except those of callbacks."""
-        names = {"train_loss", *(name for name in getattr(self, "metrics", {}) if name.startswith("val_"))}
-        if self.distillation is not None:
-            names |= {f"train_{name}" for name in self.distillation.loss_names()}
-        return names
 
     def _compute_total_steps(self) -> int:
         # Not trainer.estimated_stepping_batches: it sets up the loaders before the checkpoint's position is restored,

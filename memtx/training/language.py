@@ -11,7 +11,6 @@ from torch import Tensor
 
 from memtx.data.batch import Batch
 from memtx.errors import MemtxError, check_at_least
-from memtx.memory.base import Memory
 from memtx.models.add_memory import Retrofit
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.state import MemoryState
@@ -178,17 +177,6 @@ class LanguageModule(BaseModule):
             values = {f"val_{name}": value for name, value in self.memory_gain.compute_and_reset().items()}
             self.log_dict(values, sync_dist=True)
         super().on_validation_epoch_end()
-
-    def logged_metrics(self) -> set[str]:
-        """Return the names that training and validation log, except those of callbacks."""
-        memories = [module for module in self.model.modules() if isinstance(module, Memory)]
-        aux_losses = {getattr(getattr(memory, "reconstruction", None), "name", "") for memory in memories}
-        if any(getattr(memory, "write_penalty", 0.0) for memory in memories):
-            aux_losses.add("write_penalty")
-        names = {f"train_{name}" for name in {"bits_per_byte", *aux_losses - {""}}}
-        if self.memory_gain is not None:
-            names |= {f"val_{name}" for name in self.memory_gain.names()}
-        return super().logged_metrics() | names
 
     def on_validation_end(self) -> None:
         """Free the state of validation."""

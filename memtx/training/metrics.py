@@ -126,10 +126,6 @@ class MemoryGain(nn.Module):
             in_range = (positions >= low) & ((positions < 4 * low) | (low == last))
             metric.update(gain * in_range, (scored & in_range).sum(1) * token_bytes)
 
-    def names(self) -> list[str]:
-        """Return the names of :meth:`compute_and_reset`, also of ranges that no text may reach."""
-        return ["memory_gain", *(f"memory_gain_{low}" for low, _ in self._distance_ranges())]
-
     def compute_and_reset(self) -> dict[str, Tensor]:
         """Return ``memory_gain`` of all bytes and ``memory_gain_N`` of those N to 4 N tokens into a document.
 

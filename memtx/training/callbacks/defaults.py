@@ -26,12 +26,11 @@ def adapt_options(options: dict[str, Any], best_checkpoint: Sequence[pl.Callback
     A user's callback replaces the default of its class, a user's progress bar ours, and an option that turns a feature
     off also removes our callbacks for it. ``barebones`` removes all of them, and the options that it turns off.
     """
-    user_callbacks = options["callbacks"] or []
-    user_callbacks = user_callbacks if isinstance(user_callbacks, list) else [user_callbacks]
-    # Of the same depth, without the line on operations, which Lightning cannot count.
+    choice = options["callbacks"] or []
+    # A summary of the same depth, without the line on operations, which Lightning cannot count.
     user_callbacks = [
         ParameterSummary(callback._max_depth) if type(callback) is ModelSummary else callback
-        for callback in user_callbacks
+        for callback in (choice if isinstance(choice, list) else [choice])
     ]
     if options.get("barebones"):
         return {**options, **dict.fromkeys(BAREBONES_OPTIONS), "callbacks": user_callbacks}

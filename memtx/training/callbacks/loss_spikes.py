@@ -138,9 +138,7 @@ def _find_checkpoint_before(trainer: pl.Trainer, max_step: int) -> recovery.Reco
 
 def _restore_weights(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     current_groups = [[dict(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
-    # With an average of the weights, the checkpoint's are the average, and these the ones that are trained.
-    weights = checkpoint.get("current_model_state", checkpoint["state_dict"])
-    trainer.strategy.load_model_state_dict({**checkpoint, "state_dict": weights}, strict=True)
+    trainer.strategy.load_model_state_dict(checkpoint, strict=True)
     trainer.strategy.load_optimizer_state_dict(checkpoint)
     for optimizer, groups in zip(trainer.optimizers, current_groups, strict=True):
         for group, settings in zip(optimizer.param_groups, groups, strict=True):

@@ -150,10 +150,6 @@ class Distillation(nn.Module):
         device = next(self._teacher[0].parameters()).device
         return ModelOutputs(cached[0].to(device), class_indices=cached[1].to(device))
 
-    def loss_names(self) -> set[str]:
-        """Return the names of the losses."""
-        return set(map(_loss_name, self._loss_modules()))
-
     def compute_losses(self, student: ModelOutputs, teacher: ModelOutputs, progress: float) -> Losses:
         """Return the weighted losses by name at ``progress``, the fraction of the run that is done."""
         losses: Losses = {}
@@ -165,7 +161,7 @@ class Distillation(nn.Module):
                 value = torch.stack([parameter.sum() * 0.0 for parameter in parameters]).sum()
             else:
                 continue
-            name = _loss_name(loss)
+            name = _WORD_BOUNDARY.sub("_", type(loss).__name__).lower()
             losses[name] = losses[name] + value if name in losses else value
         return losses
 
@@ -200,7 +196,3 @@ class SelfDistillation(Distillation):
         """Return the student without memory and with a window of ``length`` tokens, in eval mode."""
         assert isinstance(student, MemoryTransformer)
         return student.without_memory(length).eval()
-
-
-def _loss_name(loss: DistillationLoss) -> str:
-    return _WORD_BOUNDARY.sub("_", type(loss).__name__).lower()
