@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast, dataclass_transform
+from typing import Any, Literal, TypeVar, cast, dataclass_transform
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from memtx import files
 from memtx.errors import CheckpointError, MemtxError
+from memtx.state_compression import compress_tensors, decompress_tensors
 
 C = TypeVar("C")
 
@@ -138,13 +139,37 @@ class MemoryState:
         leaves = [tensors[name].to(like.device) for name, like in expected.items()]
         return cast(MemoryState, pytree.tree_unflatten(leaves, pytree.tree_structure(self)))
 
-    def save(self, path: str | os.PathLike[str], fingerprint: str, **metadata: str) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        fingerprint: str,
+        *,
+        dtype: Literal["exact", "int8"] = "exact",
+        **metadata: str,
+    ) -> None:
         """Write the state to one safetensors file, atomically.
 
-        The header gets ``metadata`` and the model's fingerprint, which :meth:`load` checks.
+        Args:
+            path: File to write.
+            fingerprint: Fingerprint of the model, which :meth:`load` checks.
+            dtype: "exact" for all bits, "int8" for a smaller file that is close to the state: entries in 8 bits with a
+                scale each, matrices in bfloat16.
+            **metadata: Further metadata of the header.
+
+        Raises:
+            MemtxError: ``dtype`` is unknown, or the file cannot be written.
         """
+        if dtype not in ("exact", "int8"):
+            raise MemtxError(f"dtype is {dtype!r}.", "Give 'exact' or 'int8'.")
+        tensors = self.named_tensors()
         files.save_tensors(
-            path, self.named_tensors(), kind="memtx.state", version=FORMAT_VERSION, fingerprint=fingerprint, **metadata
+            path,
+            compress_tensors(tensors) if dtype == "int8" else tensors,
+            kind="memtx.state",
+            version=FORMAT_VERSION,
+            fingerprint=fingerprint,
+            dtype=dtype,
+            **metadata,
         )
 
     @staticmethod
@@ -159,4 +184,6 @@ class MemoryState:
             fingerprints = f"{header.get('fingerprint', 'none')[:12]}, this model is {fingerprint[:12]}"
             message = f"'{path}' is the state of another model ({fingerprints})."
             raise CheckpointError(message, "Load it with the checkpoint that wrote it.")
+        if header.get("dtype") == "int8":
+            tensors = decompress_tensors(tensors, {name: leaf.dtype for name, leaf in like.named_tensors().items()})
         return like.with_named_tensors(tensors)

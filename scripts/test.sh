@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and tests in .venv.   scripts/test.sh [--slow] [pytest's arguments]
-# MEMTX_DATA is a folder with pg19-mini; tests that need real books are skipped without it.
+# MEMTX_DATA is a folder with pg19-mini, MEMTX_PARITY one of reference checkpoints; tests that need them are skipped
+# without. The output ends with the skipped tests by reason.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh dev

@@ -37,5 +37,20 @@ def parity() -> Path:
     return Path(root)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name every skipped test under its reason, so that none is missing without notice."""
+    reports = terminalreporter.stats.get("skipped", [])
+    tests_by_reason: dict[str, list[str]] = {}
+    for report in reports:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        tests_by_reason.setdefault(reason.removeprefix("Skipped: "), []).append(report.nodeid)
+    terminalreporter.section(f"{len(reports)} skipped tests")
+    for reason, names in sorted(tests_by_reason.items()):
+        terminalreporter.write_line(f"{len(names)}: {reason}")
+        for name in sorted(names):
+            terminalreporter.write_line(f"    {name}")
+
+
 settings.register_profile("memtx", deadline=None, max_examples=15, derandomize=True, print_blob=True)
 settings.load_profile("memtx")

@@ -23,7 +23,7 @@ PAGES = [*sorted((ROOT / "configs").glob("*.yaml")), ROOT / "README.md", ROOT / 
 ROWS = [
     ("errors",),
     ("files", "memo"),
-    ("class_config", "metrics", "plots"),
+    ("class_config", "metrics", "plots", "state_compression"),
     ("state", "segment"),
     ("ops", "data"),
     ("memory",),

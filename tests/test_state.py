@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from memtx import files
 from memtx.errors import CheckpointError, MemtxError
+from memtx.memory.associative import AssociativeState
 from memtx.memory.compressed import CompressedState
 from memtx.memory.none import NoState
 from memtx.memory.recurrent import RecurrentState
@@ -141,6 +142,27 @@ def test_loaded_state_equals_the_saved_state(tmp_path: Path, dtype: torch.dtype)
     assert loaded.equals(state)
     assert files.load_tensors(tmp_path / "a.safetensors", kind="memtx.state", version=2)[1]["tokens"] == "12"
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_compressed_state_is_close_to_the_saved_one(tmp_path: Path) -> None:
+    hidden = torch.randn(2, 50, 64) * torch.rand(2, 50, 1) * 100
+    hidden[0, 3] = 0.0
+    layers = ((RecurrentState(hidden),), (AssociativeState(torch.randn(2, 4, 8, 8), torch.randn(2, 64)),))
+    state = MemoryState(torch.tensor([3, 0]), layers)
+    state.save(tmp_path / "exact", "print")
+    state.save(tmp_path / "small", "print", dtype="int8")
+    assert (tmp_path / "small").stat().st_size < 0.35 * (tmp_path / "exact").stat().st_size
+    loaded = MemoryState.load(tmp_path / "small", like=state.reset(torch.tensor([True, True])), fingerprint="print")
+    assert torch.equal(loaded.position, state.position)
+    (entries,), (associative,) = loaded.layers
+    # At most half a step of the largest number's 127.
+    steps = hidden.abs().amax(-1, keepdim=True) / 127
+    assert ((entries.hidden - hidden).abs() <= 0.501 * steps).all()
+    matrix = layers[1][0].matrix
+    assert associative.matrix.dtype == torch.float32
+    assert ((associative.matrix - matrix).abs() <= matrix.abs() * 2**-8).all()
+    with pytest.raises(MemtxError, match="dtype is 'int4'"):
+        state.save(tmp_path / "other", "print", dtype="int4")  # type: ignore[arg-type]
 
 
 def test_load_rejects_damaged_and_foreign_files(tmp_path: Path) -> None:

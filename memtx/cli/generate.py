@@ -6,12 +6,21 @@ import argparse
 import itertools
 import sys
 from dataclasses import fields
+from typing import Any
 
 from memtx.cli import options
 from memtx.errors import MemtxError
 
 SETTINGS = ("max_tokens", "stop", "seed", "stop_token_ids", "ignore_eos", "min_tokens")
 """Options that :func:`memtx.inference.generate.generate` has under the same names."""
+
+
+def _parse_bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return options.non_negative_int(token), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected ID=NUMBER, got {text}") from None
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -24,7 +33,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     from memtx.inference.sampling import SamplingParams
     from memtx.inference.sessions.file import load_session
 
-    sampling_params = SamplingParams(**{field.name: getattr(arguments, field.name) for field in fields(SamplingParams)})
+    values = {field.name: getattr(arguments, field.name) for field in fields(SamplingParams)}
+    sampling_params = SamplingParams(**{**values, "logit_bias": dict(arguments.logit_bias)})
     reader = options.load_reader(arguments)
     if arguments.session is not None:
         load_session(arguments.session, reader)
@@ -53,18 +63,23 @@ def main(argv: list[str]) -> int:
     add("--top-k", type=int, default=0, help="sample from the k most likely tokens; 0 disables it")
     add("--top-p", type=float, default=1.0, help="sample from the most likely tokens with a total probability of p")
     add("--min-p", type=float, default=0.0, help="drop tokens less likely than p times the most likely one")
-    add("--repetition-penalty", type=float, default=1.0, help="values above 1 make recent tokens less likely")
+    add(
+        "--typical-p",
+        type=float,
+        default=1.0,
+        help="sample from the tokens of typical surprisal, of total probability p",
+    )
+    text = "values above 1 make tokens of prompt and text less likely"
+    add("--repetition-penalty", type=float, default=1.0, help=text)
+    add("--presence-penalty", type=float, default=0.0, help="lowers the logits of tokens of the new text, -2 to 2")
+    text = "lowers the logits of tokens of the new text for each occurrence, -2 to 2"
+    add("--frequency-penalty", type=float, default=0.0, help=text)
+    text = "number added to the logit of a token; repeatable"
+    add("--logit-bias", type=_parse_bias, action="append", default=[], metavar="ID=NUMBER", help=text)
     add("--stop", action="append", default=[], metavar="TEXT", help="text to stop before; repeatable")
     text = "ids to stop at, beside the model's end tokens"
-    add(
-        "--stop-token-ids",
-        type=options.non_negative_int,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="ID",
-        help=text,
-    )
+    stop_token_ids: dict[str, Any] = {"nargs": "+", "action": "extend", "default": [], "metavar": "ID"}
+    add("--stop-token-ids", type=options.non_negative_int, **stop_token_ids, help=text)
     add("--ignore-eos", action="store_true", help="continue after the model's end tokens")
     add("--min-tokens", type=int, default=0, help="number of new tokens before which nothing ends the text")
     add("--seed", type=options.number_range(int, -(2**63), 2**64 - 1), default=0, help="random seed")

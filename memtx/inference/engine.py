@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from memtx.errors import check_at_least
+from memtx.errors import MemtxError, check_at_least
 from memtx.inference.batching import (
     ScoreOutput,
     ScoreRequest,
@@ -33,6 +33,7 @@ from memtx.inference.batching import (
 from memtx.inference.deadline import ClosedError, DeadlineExceededError, remaining_seconds
 from memtx.inference.decoder import Decoder
 from memtx.inference.generate import TextDelta, TokenGenerator
+from memtx.inference.sampling import SampledToken, sample_batch
 from memtx.models.recurrent_lm import RecurrentLanguageModel
 from memtx.state import MemoryState
 
@@ -264,7 +265,11 @@ class Engine:
                 return
             assert self._decoder is not None
             next_tokens = [generation.token_generator.next_token for generation in self._running]
-            logits = self._decoder.step(torch.tensor(next_tokens, device=self._decoder.device)).float().cpu()
+            logits = self._decoder.step(torch.tensor(next_tokens, device=self._decoder.device))
+            sampling_rows = [generation.token_generator.sampling_row() for generation in self._running]
+            # Tokenizers of all texts are the same.
+            vocab_size = self._running[0].token_generator.tokenizer.vocab_size
+            sampled_tokens = sample_batch(logits, sampling_rows, vocab_size)
             self.counters["decode_calls"] += 1
             self.counters["decode_tokens"] += len(self._running)
         except Exception as error:
@@ -272,8 +277,8 @@ class Engine:
                 generation.on_output(error)
             self._running, self._decoder = [], None
             return
-        for generation, token_logits in zip(self._running, logits, strict=True):
-            self._advance(generation, token_logits)
+        for generation, sampled in zip(self._running, sampled_tokens, strict=True):
+            self._advance(generation, sampled)
 
     def _update_running(self) -> None:
         """Remove finished and cancelled texts from the batch and add waiting ones."""
@@ -301,9 +306,9 @@ class Engine:
         elif new_states:
             self._decoder = Decoder(self.model, MemoryState.concat(new_states))
 
-    def _advance(self, generation: Generation, logits: torch.Tensor) -> None:
+    def _advance(self, generation: Generation, sampled: SampledToken | MemtxError) -> None:
         try:
-            delta = generation.token_generator.advance(logits)
+            delta = generation.token_generator.accept(sampled)
         except Exception as error:  # Only this text fails.
             generation.finish_cancelled(error)
             return

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from random import Random
 from typing import Literal
 
 import numpy as np
@@ -17,11 +18,8 @@ from memtx.data.tokenizers import Tokenizer
 from memtx.errors import MemtxError
 from memtx.inference.decoder import Decoder
 from memtx.inference.reader import SegmentResult, StreamReader
-from memtx.inference.sampling import SamplingParams, sample_token
+from memtx.inference.sampling import SampledToken, SamplingParams, SamplingRow, TokenCounts, sample_batch
 from memtx.models.recurrent_lm import RecurrentLanguageModel
-
-REPETITION_WINDOW = 256
-"""Number of recent tokens subject to the repetition penalty; fixed, so that the cost per token is constant."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """Reason: an end token, stop token or stop string; the maximum number of tokens; or cancellation."""
@@ -145,49 +143,47 @@ class TokenGenerator:
         self.tokenizer, self.config = tokenizer, config
         self.next_token, self.num_generated = last_token, 0
         self.finish_reason: FinishReason | None = None if config.max_tokens else "length"
-        self._recent_tokens: deque[int] = deque(recent_tokens, maxlen=REPETITION_WINDOW)
+        self._counts = TokenCounts(recent_tokens)
         self._stop_filter = StopFilter(config.stop)
-        for token in config.stop_token_ids:
+        for token in (*config.stop_token_ids, *config.sampling_params.logit_bias):
             tokenizer.token_bytes(token)  # Raises if it is not in the vocabulary.
         self._end_token_ids = {*config.stop_token_ids, *(() if config.ignore_eos else tokenizer.eos_token_ids)}
         # No text but an end, so a model may always predict them, even one that is also the begin token.
         self._silent_token_ids = self._end_token_ids | set(tokenizer.eos_token_ids)
+        # Published models are trained to predict whatever their texts hold; ours never see a begin token as a label.
+        self._excluded_ids = set() if tokenizer.eos_token_ids else set(tokenizer.bos_token_ids)
         self._decoder = tokenizer.decoder(continues=last_token != tokenizer.bos_token_id, pending=incomplete_bytes)
-        self._generator = torch.Generator().manual_seed(config.seed)
+        self._random = Random(config.seed % 2**64)  # which would ignore the sign
         self._num_decoded_chars = self._num_emitted_chars = 0
         self._pending_logprobs: deque[TokenLogprob] = deque()
 
-    def advance(self, logits: Tensor) -> TextDelta:
-        """Choose a token by the ``(vocab,)`` logits after ``next_token``; return the text that it completes."""
-        logits = logits.detach().float().cpu()
-        allowed = logits.clone()
-        for token_id in self.tokenizer.bos_token_ids:
-            if token_id not in self._silent_token_ids:
-                allowed[token_id] = -math.inf
-        # The model's vocabulary may be padded beyond the tokenizer's.
-        allowed[self.tokenizer.vocab_size :] = -math.inf
+    def sampling_row(self) -> SamplingRow:
+        """Return the settings of the next token for :func:`~memtx.inference.sampling.sample_batch`."""
+        excluded = self._excluded_ids
         if self.num_generated < self.config.min_tokens:
-            allowed[[token for token in self._end_token_ids if token < len(allowed)]] = -math.inf
+            excluded = excluded | self._end_token_ids
         params = self.config.sampling_params
-        recent = np.unique(np.asarray(self._recent_tokens if params.repetition_penalty != 1 else (), dtype=np.int64))
-        self.next_token = sample_token(allowed, params, torch.from_numpy(recent), self._generator)
-        self._recent_tokens.append(self.next_token)
+        return SamplingRow(params, self._random, self._counts, excluded, self.config.logprobs)
+
+    def accept(self, sampled: SampledToken | MemtxError) -> TextDelta:
+        """Append a sampled token and return the text that it completes; raises ``sampled`` if it is an error."""
+        if isinstance(sampled, MemtxError):
+            raise sampled
+        self.next_token = sampled.token
+        self._counts.add(sampled.token)
         self.num_generated += 1
         if self.next_token in self._end_token_ids:
             self.finish_reason = "stop"
             return self._to_delta(None)
         if self.config.logprobs is not None:
-            self._pending_logprobs.append(self._token_logprob(logits, allowed, self.config.logprobs))
+            offset = self._num_decoded_chars + self._decoder.num_held_chars
+            entry = TokenLogprob(sampled.token, sampled.logprob, sampled.top_logprobs, offset)
+            self._pending_logprobs.append(entry)
         return self._to_delta(None if self.next_token in self._silent_token_ids else self.next_token)
 
-    def _token_logprob(self, logits: Tensor, allowed: Tensor, num_logprobs: int) -> TokenLogprob:
-        # Normalized over the whole vocabulary, as when a text is scored.
-        log_norm = logits.logsumexp(0)
-        values, tokens = allowed.topk(min(num_logprobs, int((allowed > -math.inf).sum())))
-        top_logprobs = zip(tokens.tolist(), (values - log_norm).tolist(), strict=True)
-        logprob = float(logits[self.next_token] - log_norm)
-        offset = self._num_decoded_chars + self._decoder.num_held_chars
-        return TokenLogprob(self.next_token, logprob, tuple(top_logprobs), offset)
+    def advance(self, logits: Tensor) -> TextDelta:
+        """Choose a token by the ``(vocab,)`` logits after ``next_token``; return the text that it completes."""
+        return self.accept(sample_batch(logits[None], [self.sampling_row()], self.tokenizer.vocab_size)[0])
 
     def _to_delta(self, token: int | None) -> TextDelta:
         if self.finish_reason is None and self.num_generated == self.config.max_tokens:
@@ -262,11 +258,11 @@ def generate(
 
 
 def collect_recent_tokens(results: Iterable[SegmentResult]) -> list[int]:
-    """Return the last tokens of a text, for the repetition penalty."""
-    recent_tokens = deque[int](maxlen=REPETITION_WINDOW)
+    """Return the ids that occur in a text, for the repetition penalty."""
+    ids: set[int] = set()
     for result in results:
-        recent_tokens.extend(result.tokens[-REPETITION_WINDOW:].tolist())
-    return list(recent_tokens)
+        ids.update(np.unique(result.tokens).tolist())
+    return sorted(ids)
 
 
 def _generate(reader: StreamReader, prompt: str, config: GenerationConfig) -> Iterator[str]:

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, cast
 
+import numpy as np
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from memtx.inference.engine import Generation
-from memtx.inference.generate import REPETITION_WINDOW, GenerationConfig, TextDelta, TokenGenerator, TokenLogprob
+from memtx.inference.generate import GenerationConfig, TextDelta, TokenGenerator, TokenLogprob
 from memtx.inference.reader import StreamReader
 from memtx.inference.sessions.pool import SessionPool
 from memtx.serving.errors import APIError, check_model
@@ -118,7 +119,7 @@ class CompletionService:
         if echo and body.logprobs is not None:
             logprobs = get_prompt_logprobs(read.results, prompt, self.pool.tokenizer, deadline)
         num_tokens = len(read.tokens) if isinstance(prompt, str) else len(prompt)
-        recent_tokens = read.tokens[-REPETITION_WINDOW:].tolist()
+        recent_tokens = np.unique(read.tokens).tolist()
         return PrefilledPrompt(text, logprobs, num_tokens, reader, recent_tokens, read.num_cached_tokens)
 
     async def generate(

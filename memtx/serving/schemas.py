@@ -41,6 +41,12 @@ def _check_prompt(value: Any) -> Any:
     return value
 
 
+def _check_bias(biases: dict[str, float]) -> dict[str, float]:
+    if invalid := [token for token in biases if not (token.isascii() and token.isdecimal() and len(token) < 10)]:
+        raise ValueError(f"logit_bias has the key '{invalid[0][:80]}', expected a token id")
+    return biases
+
+
 Text = Annotated[str, AfterValidator(_check_unicode)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 StopString = Annotated[Text, Field(min_length=1, max_length=1000)]
@@ -71,7 +77,13 @@ class GenerationBody(RequestBody):
     top_p: float | None = 1.0
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
+    presence_penalty: float | None = 0.0
+    frequency_penalty: float | None = 0.0
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], AfterValidator(_check_bias)] | None = (
+        None
+    )
     n: Annotated[int, Field(ge=1, le=1024)] | None = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
@@ -92,8 +104,10 @@ class GenerationBody(RequestBody):
 
     def to_generation_configs(self, seeds: list[int]) -> list[GenerationConfig]:
         """Return the settings of one text per seed; raises MemtxError if a number is out of range."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        names = ["temperature", "top_p", "top_k", "min_p", "typical_p"]
+        names += ["repetition_penalty", "presence_penalty", "frequency_penalty"]
         values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        values["logit_bias"] = {int(token): bias for token, bias in (self.logit_bias or {}).items()}
         # Candidates are compared by their log-probabilities.
         logprobs = 0 if self.logprobs is None and self.num_candidates > (self.n or 1) else self.logprobs
         config = GenerationConfig(
@@ -126,9 +140,6 @@ class CompletionBody(GenerationBody):
     echo: bool | None = False
     suffix: Text | None = None
     best_of: Annotated[int, Field(ge=1, le=1024)] | None = None
-    logit_bias: dict[str, float] | None = None
-    presence_penalty: float | None = 0.0
-    frequency_penalty: float | None = 0.0
     user: str | None = None
 
     @model_validator(mode="after")
@@ -142,12 +153,6 @@ class CompletionBody(GenerationBody):
         if self.suffix:
             raise invalid_value(
                 "suffix", "suffix is not supported, since the model only continues texts; remove suffix"
-            )
-        if self.logit_bias:
-            raise invalid_value("logit_bias", "logit_bias is not supported; remove it")
-        if self.presence_penalty or self.frequency_penalty:
-            raise invalid_value(
-                "presence_penalty", "presence_penalty and frequency_penalty are not supported; use repetition_penalty"
             )
         return self
 

@@ -89,6 +89,18 @@ def test_the_library_draws_random_blocks_in_training_only() -> None:
     assert (io["train"] - io["eval"]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("num_random_blocks", [0, 1, 2, 3])
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_texts_of_few_blocks_get_full_attention(num_random_blocks: int, block_size: int) -> None:
+    torch.manual_seed(0)
+    layer = BigBirdAttention(4, 2, 1, block_size, num_random_blocks).double()
+    for num_blocks, is_full in ((5 + 2 * num_random_blocks, True), (6 + 2 * num_random_blocks, False)):
+        x = torch.randn(1, num_blocks * block_size, 4, dtype=torch.float64)
+        full = attend_naively(layer, x, torch.ones(x.shape[:2], dtype=torch.bool), None)
+        # One block more, and blocks of the middle miss some.
+        assert torch.allclose(layer(x, EncoderInputs.from_masks(x[..., 0])), full, rtol=0, atol=1e-12) == is_full
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [

@@ -85,7 +85,7 @@ def test_openai_raises_the_server_errors(client: Any) -> None:
         ({"n": 65}, r"n \(65\) must be at most 64"),
         ({"stop": ""}, "stop"),
         ({"extra_body": {"temprature": 1}}, "Did you mean 'temperature'"),
-        ({"presence_penalty": 1}, "not supported; use repetition_penalty"),
+        ({"presence_penalty": 3}, "presence_penalty is 3.0, expected between -2 and 2"),
         ({"prompt": [999]}, "Token 999"),
         ({"prompt": []}, "empty list"),
     ):

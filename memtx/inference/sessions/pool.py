@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
+
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import check_at_least
 from memtx.inference.engine import Engine, Generation, OutputFn
-from memtx.inference.generate import REPETITION_WINDOW, GenerationConfig, TextDelta, TokenGenerator
+from memtx.inference.generate import GenerationConfig, TextDelta, TokenGenerator
 from memtx.inference.reader import SegmentResult, StreamReader, Totals
 from memtx.inference.sessions.file import Fingerprints
 from memtx.inference.sessions.prefix_cache import PrefixCache, ReadPrompt, read_prompt
@@ -249,7 +251,7 @@ class SessionPool:
         self, reader: StreamReader, prompt: str, configs: Iterable[GenerationConfig], deadline: float | None
     ) -> list[Generation]:
         tokens = self.read_prompt(reader, prompt, deadline=deadline).tokens
-        return self.start_generation(reader, tokens[-REPETITION_WINDOW:].tolist(), configs, deadline=deadline)
+        return self.start_generation(reader, np.unique(tokens).tolist(), configs, deadline=deadline)
 
     def _fork(self, reader: StreamReader, deadline: float | None) -> StreamReader:
         fork = reader.fork()

@@ -210,7 +210,7 @@ def test_an_error_leaves_a_session_unchanged(pool: SessionPool) -> None:
 def test_an_error_in_one_generation_leaves_the_others_alone(pool: SessionPool, monkeypatch: pytest.MonkeyPatch) -> None:
     session_id = pool.create()
     bad, good = pool.generate(session_id, "It", [GenerationConfig(10), GenerationConfig(10)])
-    monkeypatch.setattr(bad.token_generator, "advance", lambda logits: (_ for _ in ()).throw(MemtxError("not finite")))
+    monkeypatch.setattr(bad.token_generator, "accept", lambda sampled: (_ for _ in ()).throw(MemtxError("not finite")))
     with pytest.raises(MemtxError, match="not finite"):
         list(bad)
     assert good.token_generator.finish_reason is None or good.token_generator.num_generated == 10

@@ -1,0 +1,225 @@
+"""Draws of ids from distributions that temperature and filters change: top-k, top-p, min-p and typical, in this order.
+
+No vocabulary is sorted. A row with top-k has few candidates. In others a token is sampled and rejected if a filter
+excludes it, with all tokens that rank behind it, which leaves the distribution of the rest as it is (Ye et al. 2025,
+FlashInfer). Sums are taken in blocks, so that a row gives the same id alone and in a batch.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from random import Random
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from memtx.inference.sampling import SamplingParams
+
+BLOCK = 128
+"""Tokens per partial sum."""
+
+TOP_K_BLOCK = 32
+"""Tokens per maximum in the search for the largest logits."""
+
+BELOW_ONE = 1 - 2**-24
+"""Largest float32 below 1."""
+
+MIN_TEMPERATURE = 1e-30
+"""Lower temperatures are greedy already: a quotient of this size never overflows."""
+
+
+def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the ``k`` largest of ``(batch, length)`` scores and their indices, both ``(batch, k)``.
+
+    The largest come first, equal ones by index. They are searched in the k blocks of the largest maxima, which hold
+    them all.
+    """
+    num_blocks = scores.shape[1] // TOP_K_BLOCK
+    if scores.shape[1] % TOP_K_BLOCK or 4 * k > num_blocks:
+        values, indices = scores.topk(k, dim=1)
+    else:
+        blocks = scores.view(len(scores), num_blocks, TOP_K_BLOCK)
+        best = blocks.amax(-1).topk(k, dim=1).indices
+        values, inside = blocks.gather(1, best[..., None].expand(-1, -1, TOP_K_BLOCK)).flatten(1).topk(k, dim=1)
+        indices = best.gather(1, inside // TOP_K_BLOCK) * TOP_K_BLOCK + inside % TOP_K_BLOCK
+    indices, order = indices.sort(1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, indices.gather(1, order)
+
+
+def draw_tokens(
+    scores: Tensor, highest: Tensor, params: Sequence[SamplingParams], randoms: Sequence[Random]
+) -> list[int]:
+    """Return an id for each row of ``(batch, length)`` scores, which are overwritten.
+
+    ``length`` is a multiple of ``BLOCK``; ``highest``, ``(batch, 1)``, has each row's maximum, which is finite.
+    """
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for index, param in enumerate(params):
+        num_candidates = 0
+        if 0 < param.top_k < scores.shape[1]:
+            # Some more, for tokens as likely as the last; a function of the row alone.
+            num_candidates = min(-(-param.top_k // 16) * 16 + 16, scores.shape[1])
+        elif param.typical_p < 1 and param.top_p < 1:
+            num_candidates = scores.shape[1]
+        groups.setdefault((num_candidates, param.typical_p < 1), []).append(index)
+    tokens = [0] * len(params)
+    for (num_candidates, is_typical), indices in groups.items():
+        is_all = len(indices) == len(params)
+        part, part_highest = (scores, highest) if is_all else (scores[indices], highest[indices])
+        group = [params[index] for index in indices], [randoms[index] for index in indices]
+        if num_candidates:
+            sampled = _draw_candidates(part, part_highest, *group, num_candidates)
+        else:
+            sampled = _draw_any(part, part_highest, *group, is_typical)
+        for index, token in zip(indices, sampled, strict=True):
+            tokens[index] = token
+    return tokens
+
+
+def _to_weights(scores: Tensor, highest: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Return probabilities up to a factor, in place of the scores."""
+    temperatures = _column([max(param.temperature, MIN_TEMPERATURE) for param in params], scores)
+    return scores.sub_(highest).div_(temperatures).exp_()
+
+
+def _draw_candidates(
+    scores: Tensor, highest: Tensor, params: Sequence[SamplingParams], randoms: Sequence[Random], count: int
+) -> list[int]:
+    """Return ids sampled among the ``count`` best of each row."""
+    values, ids = top_k(scores, count)
+    weights = _to_weights(values, highest, params).double()
+    last = torch.tensor([[min(param.top_k or count, count) - 1] for param in params], device=scores.device)
+    weights = weights.masked_fill_(weights < weights.gather(1, last), 0.0)
+    ends = weights.cumsum(1)
+    weights.masked_fill_(ends - weights >= _column([param.top_p for param in params], ends) * ends[:, -1:], 0.0)
+    weights.masked_fill_(weights < _column([param.min_p for param in params], weights) * weights[:, :1], 0.0)
+    if any(param.typical_p < 1 for param in params):
+        surprisals = _distance_to_entropy(weights, weights.sum(1, keepdim=True))
+        ranks, order = surprisals.sort(dim=1, stable=True)
+        ends = weights.gather(1, order).cumsum(1)
+        limits = _column([param.typical_p for param in params], ends) * ends[:, -1:]
+        border = ranks.gather(1, (ends < limits).sum(1, keepdim=True).clamp_(max=count - 1))
+        weights.masked_fill_(surprisals > border, 0.0)
+    ends = weights.cumsum(1)
+    uniform = torch.tensor([[random.random()] for random in randoms], dtype=torch.float64, device=scores.device)
+    tokens: list[int] = ids.gather(1, _first_above(ends, uniform * ends[:, -1:]))[:, 0].tolist()
+    return tokens
+
+
+def _draw_any(
+    scores: Tensor, highest: Tensor, params: Sequence[SamplingParams], randoms: Sequence[Random], is_typical: bool
+) -> list[int]:
+    """Return ids sampled among all of each row."""
+    weights = _to_weights(scores, highest, params)
+    ps = [param.typical_p if is_typical else param.top_p for param in params]
+    if not is_typical:
+        limits = _column(ps, weights).double() * _sum(weights)
+    _keep_at_least(weights, _column([param.min_p for param in params], weights))
+    ranks = None
+    if is_typical:
+        totals = _sum(weights)
+        limits, ranks = _column(ps, weights).double() * totals, _distance_to_entropy(weights, totals)
+    limits.masked_fill_(torch.tensor(ps, device=weights.device)[:, None] >= 1, math.inf)
+    return _draw_until_accepted(weights, ranks, limits, randoms)
+
+
+def _distance_to_entropy(weights: Tensor, totals: Tensor) -> Tensor:
+    """Return how far the surprisal of each token is from the entropy; farthest where the weight is 0."""
+    log_weights = weights.log().clamp_(min=-200)  # below every float32, and finite
+    entropy = totals.log() - (log_weights * weights).sum(1, keepdim=True) / totals
+    return log_weights.neg_().add_((totals.log() - entropy).to(weights.dtype)).abs_()
+
+
+def _draw_until_accepted(weights: Tensor, ranks: Tensor | None, limits: Tensor, randoms: Sequence[Random]) -> list[int]:
+    """Return ids sampled by weights, of those before which tokens of less than the limit rank.
+
+    Args:
+        weights: ``(batch, length)``, probabilities up to a factor.
+        ranks: ``(batch, length)``, lower ones first. None ranks by weight, the largest first.
+        limits: ``(batch, 1)`` float64, sums of weights.
+        randoms: Sources of random numbers of the rows.
+    """
+    tokens = [0] * len(randoms)
+    pending = list(range(len(randoms)))
+    while pending:
+        uniform = torch.tensor([[randoms[index].random()] for index in pending], dtype=torch.float64)
+        sampled = _inverse_cdf(weights, uniform.to(weights.device))
+        for index, token in zip(pending, sampled[:, 0].tolist(), strict=True):
+            tokens[index] = token
+        if not bool(limits.isfinite().any()):
+            break
+        border = (weights if ranks is None else ranks).gather(1, sampled)
+        before = workspace("before", len(weights), weights.shape[1], weights.device)
+        if ranks is None:
+            # Scaled by the border, so that one number is the threshold of all rows.
+            before = torch.div(weights, border, out=workspace("before", len(weights), weights.shape[1], weights.device))
+            before = F.threshold(before, 1.0, 0.0, inplace=True).mul_(border)
+        else:
+            before = torch.sub(border, ranks, out=workspace("before", len(weights), weights.shape[1], weights.device))
+            before.sign_().clamp_(min=0).mul_(weights)
+        is_rejected = (_sum(before) >= limits)[:, 0]
+        # All that ranks after a rejected token is rejected with it.
+        rejected = is_rejected.nonzero()[:, 0]
+        weights, limits = before[rejected], limits[rejected]
+        ranks = None if ranks is None else ranks[rejected]
+        pending = [pending[position] for position in rejected.tolist()]
+    return tokens
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    """Return numbers as ``(batch, 1)`` float32 on the device of ``like``."""
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Return the sums of ``(batch, length)`` as ``(batch, 1)`` float64."""
+    return x.view(len(x), -1, BLOCK).sum(-1).double().sum(1, keepdim=True)
+
+
+def _inverse_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Return the index at which the cumulative weights exceed ``uniform`` of their sum, ``(batch, 1)`` int64."""
+    blocks = weights.view(len(weights), -1, BLOCK)
+    ends = blocks.sum(-1).double().cumsum(1)
+    target = uniform * ends[:, -1:]
+    block = _first_above(ends, target)
+    target = target - torch.where(block > 0, ends.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(1)
+    return block * BLOCK + _first_above(inside, target)
+
+
+def _first_above(ends: Tensor, target: Tensor) -> Tensor:
+    """Return the first index of ascending ends above the target; if rounding leaves none, the last that is a step."""
+    last_step = (ends < ends[:, -1:]).sum(1, keepdim=True)
+    return torch.minimum((ends <= target).sum(1, keepdim=True), last_step)
+
+
+def _keep_at_least(weights: Tensor, floors: Tensor) -> None:
+    """Set weights below the floors, ``(batch, 1)``, to 0; a floor of 0 keeps all."""
+    indices = (floors[:, 0] > 0).nonzero()[:, 0]
+    if len(indices):
+        is_all = len(indices) == len(weights)
+        part, floor = (weights, floors) if is_all else (weights[indices], floors[indices])
+        # Scaled by the floor, so that one number is the threshold of all rows; a quotient of equal numbers is exact.
+        F.threshold(part.div_(floor), BELOW_ONE, 0.0, inplace=True).mul_(floor)
+        if not is_all:
+            weights[indices] = part
+
+
+def workspace(name: str, batch_size: int, length: int, device: torch.device) -> Tensor:
+    """Return a float32 buffer of this shape, the same for each call of a thread: new memory would cost page faults."""
+    if device.type != "cpu":
+        return torch.empty(batch_size, length, device=device)
+    buffer: Tensor | None = getattr(_BUFFERS, name, None)
+    if buffer is None or buffer.numel() < batch_size * length:
+        buffer = torch.empty(batch_size * length)
+        setattr(_BUFFERS, name, buffer)
+    return buffer[: batch_size * length].view(batch_size, length)
+
+
+_BUFFERS = threading.local()
