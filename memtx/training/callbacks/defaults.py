@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelSummary, ProgressBar
+from lightning.pytorch.utilities.model_summary.model_summary import _format_summary_table
 
 from memtx.training.callbacks.interrupt import StopOnInterrupt
 from memtx.training.callbacks.memory_monitor import ClosedGateMonitor, MemoryNormMonitor, UnusedMemoryWarning
 from memtx.training.callbacks.oom import OutOfMemoryHint
 from memtx.training.callbacks.progress import PlainProgress, StepProgressBar, count_steps_only
 from memtx.training.callbacks.skip_nonfinite import SkipNonFinite
-from memtx.training.callbacks.summary import ParameterSummary
 from memtx.training.callbacks.throughput import Throughput
 
 BAREBONES_OPTIONS = ["enable_checkpointing", "enable_progress_bar", "enable_model_summary", "logger"]
@@ -59,3 +60,18 @@ def adapt_options(options: dict[str, Any], best_checkpoint: Sequence[pl.Callback
 
 def _has(callbacks: Sequence[Any], kind: type[pl.Callback]) -> bool:
     return any(isinstance(callback, kind) for callback in callbacks)
+
+
+class ParameterSummary(ModelSummary):
+    """Writes the parts of the model with their parameters to stderr, without Lightning's count of 0 operations."""
+
+    @staticmethod
+    def summarize(
+        summary_data: list[tuple[str, list[str]]], *totals: Any, total_flops: int = 0, **options: Any
+    ) -> None:
+        """Write the table, without a column of operations if none are known."""
+        columns = [column for column in summary_data if total_flops or column[0] != "FLOPs"]
+        format_table: Any = _format_summary_table
+        lines: list[str] = format_table(*totals, total_flops, *columns).splitlines()
+        lines = [line for line in lines if total_flops or "flops" not in line.lower()]
+        sys.stderr.write("\n".join([*lines, ""]))
