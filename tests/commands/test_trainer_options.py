@@ -96,7 +96,7 @@ def test_the_last_line_is_true(program: Program, tmp_path: Path) -> None:
         ("--trainer.callbacks+=StochasticWeightAveraging --trainer.callbacks.swa_lrs 0.1", "swa_epoch_start"),
         ("--trainer.callbacks+=BatchSizeFinder --trainer.callbacks.batch_arg_name size", "Field size not found"),
         ("--trainer.callbacks+=DeviceStatsMonitor --trainer.logger false", "DeviceStatsMonitor"),
-        ("--trainer.overfit_batches 0.0001", "train_dataloader"),
+        ("--trainer.overfit_batches 0.0001", "0.0001"),
         ("--trainer.callbacks+=LearningRateFinder", "LearningRateFinder"),
     ],
 )
