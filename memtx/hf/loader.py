@@ -66,6 +66,11 @@ MODEL_TYPES = ENCODERS | DECODERS | {name: DECODERS[part] for name, part in TEXT
 """``model_type`` -> "module:function" that builds the model from an :class:`~memtx.hf.checkpoint.HFCheckpoint`."""
 
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+QUANTIZER_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Files of quantizers that write nothing to config.json: AutoGPTQ, AutoAWQ and ModelOpt."""
+
+
 def is_hf_folder(path: str | os.PathLike[str]) -> bool:
     """Return whether ``path`` is a folder in a ``transformers`` layout, with any ``model_type``."""
     return (Path(path) / CONFIG_FILE).is_file() and "model_type" in read_config(path)[1]
@@ -84,7 +89,9 @@ def load(path: str | os.PathLike[str], window: int | None = None) -> PretrainedM
             unknown or of another shape; the error names all of them.
         MemtxError: ``window`` is given for a model that is not a decoder.
     """
-    model_type = str(read_config(path)[1].get("model_type"))
+    config = read_config(path)[1]
+    _reject_quantized(Path(path), config)
+    model_type = str(config.get("model_type"))
     if model_type not in MODEL_TYPES:
         message = f"'{path}' has model_type '{model_type}', expected one of {', '.join(sorted(MODEL_TYPES))}."
         message += closest_match(model_type, MODEL_TYPES)
@@ -96,6 +103,20 @@ def load(path: str | os.PathLike[str], window: int | None = None) -> PretrainedM
     build = getattr(importlib.import_module(module), function)
     options = {"window": window} if is_decoder else {}
     return cast(PretrainedModel, build(_select_text_part(open_checkpoint(path)), **options))
+
+
+def _reject_quantized(folder: Path, config: Mapping[str, Any]) -> None:
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, Mapping)]
+    settings = [(key, part[key]) for part in parts for key in QUANTIZATION_KEYS if part.get(key)]
+    reasons = [
+        f"it has {name} in place of a quantization_config" for name in QUANTIZER_FILES if (folder / name).is_file()
+    ]
+    for key, value in settings:
+        method = value.get("quant_method") or value.get("format") if isinstance(value, Mapping) else None
+        reasons.insert(0, f"config.json has {key} with quant_method '{method or 'unknown'}'")
+    if reasons:
+        message = f"'{folder}' holds quantized weights: {reasons[0]}."
+        raise CheckpointError(message, "Give the original folder, in bfloat16, float16 or float32.")
 
 
 def _select_text_part(hf_checkpoint: HFCheckpoint) -> HFCheckpoint:

@@ -59,7 +59,7 @@ def add_memory(
     chosen = _resolve_layers(layers, model.depth)
     adapted = _copy_with_shared_weights(model)
     configs = []
-    present = model.config["init_args"]["memories"]
+    present = model.config["init_args"].get("memories", ())  # a Transformer-XL has none, and refuses others
     for layer, block in enumerate(adapted._layers()):
         if isinstance(block.attention, TokenMixer):
             # The memory in place of attention has a constant size already.
@@ -86,7 +86,7 @@ def remove_memory(model: ModelT, window: int) -> ModelT:
     """Return a copy of a model, which shares its weights, that sees ``window`` (at least 1) exact positions alone."""
     factory = partial(RecurrentMemory, window=window)
     adapted = _copy_with_shared_weights(model)
-    present = model.config["init_args"]["memories"]
+    present = model.config["init_args"].get("memories", ())  # a Transformer-XL has none, and refuses others
     configs = []
     for layer, block in enumerate(adapted._layers()):
         if isinstance(block.attention, TokenMixer):

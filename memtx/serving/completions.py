@@ -232,6 +232,8 @@ async def create_completion(body: CompletionBody, request: Request, service: Ser
 
     def prefill(prompt: Prompt) -> PrefilledPrompt:
         reader = service.pool.new_reader(num_logprobs=(body.logprobs or 0) if echo else 0, deadline=deadline)
+        if body.parse_special:
+            reader.parse_special = True
         return service.prefill(reader, prompt, body, deadline, echo=echo, namespace=namespace)
 
     def prefill_all() -> list[PrefilledPrompt]:

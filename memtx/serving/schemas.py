@@ -133,7 +133,7 @@ class GenerationBody(RequestBody):
 
 
 class CompletionBody(GenerationBody):
-    """``POST /v1/completions``."""
+    """``POST /v1/completions``; with ``parse_special``, text that spells a special token becomes that token."""
 
     model: str
     prompt: Annotated[Text | list[Text] | list[TokenId] | list[list[TokenId]], BeforeValidator(_check_prompt)] = ""
@@ -141,6 +141,7 @@ class CompletionBody(GenerationBody):
     suffix: Text | None = None
     best_of: Annotated[int, Field(ge=1, le=1024)] | None = None
     user: str | None = None
+    parse_special: bool = False
 
     @model_validator(mode="after")
     def _reject_unsupported(self) -> Self:

@@ -56,7 +56,8 @@ def make_ring(batch_size: int, start: int) -> KVRing:
     """Return a ring whose streams are numbered from ``start``."""
     number = torch.arange(start, start + batch_size).double()
     layout = RingLayout(2, 1, 0, 1)
-    return KVRing(layout, number.view(-1, 1, 1).repeat(1, 2, 3), number.view(-1, 1, 1, 1, 1).repeat(1, 2, 2, 1, 3))
+    buffers = (number.view(-1, 1, 1).repeat(1, 2, 3), number.view(-1, 1, 1, 1, 1).repeat(1, 2, 2, 1, 3))
+    return KVRing(buffers, layout=layout)
 
 
 def streams(ring: KVRing) -> list[int]:

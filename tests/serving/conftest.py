@@ -25,9 +25,11 @@ class Server:
         command += ["--segment-length", "32", *options]
         self.process = subprocess.Popen(command, cwd=workdir, env=environment, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
-        line = self.process.stderr.readline()
-        match = re.search(r"http://\S+", line)
-        assert match, line + self.process.stderr.read()
+        # Other lines may come first, such as that on the window.
+        lines: list[str] = []
+        while not (match := re.search(r"http://\S+", "".join(lines))):
+            lines.append(self.process.stderr.readline())
+            assert lines[-1], "".join(lines)
         self.address = match[0]
 
     def end(self, signal_number: int = signal.SIGTERM) -> None:

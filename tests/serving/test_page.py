@@ -66,3 +66,28 @@ def test_a_text_is_read_by_keyboard(browser: Any, server: Server, size: tuple[in
         page.screenshot(path=str(Path(shots) / f"page-{size[0]}.png"), full_page=True)
     page.close()
     assert not messages
+
+
+SCRIPTS = """海の夜、鯨を見た。
+👩‍👩‍👧‍👦 and 🏳️‍🌈 and é (e\u0301) and नमस्ते
+שלום עולם, מה שלומך?
+مرحبا بالعالم
+Call me Ishmael.
+"""
+
+
+@pytest.mark.parametrize("size", [(1200, 900), (360, 740)])
+def test_characters_of_every_script_are_shaded_as_readers_see_them(
+    browser: Any, server: Server, size: tuple[int, int]
+) -> None:
+    page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+    page.goto(server.address)
+    page.locator("#book").fill(SCRIPTS)
+    page.locator("#read").click()
+    page.get_by_text("Generate a continuation, or read another text.").wait_for(timeout=20_000)
+    assert page.locator("#output").inner_text() == SCRIPTS
+    shaded = page.evaluate("[...document.querySelectorAll('#output i')].map(i => i.textContent)")
+    for character in ("海", "👩‍👩‍👧‍👦", "🏳️‍🌈", "e\u0301", "ש", "م"):
+        assert any(character in part for part in shaded), f"{character} is in one piece"
+    assert all("\ufffd" not in part for part in shaded)
+    page.close()
