@@ -7,6 +7,7 @@ Run it with a Python that has torch, transformers and tokenizers; the tests need
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -68,3 +69,115 @@ def record_filters(path: Path) -> None:
             }
         )
     path.write_text(json.dumps(cases))
+
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("byte-fallback", {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 128}),
+    "mistral": ("unigram", {**SIZES, "num_key_value_heads": 2, "head_dim": 4, "sliding_window": 8}),
+    "qwen2": ("byte-level", {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 128}),
+    "qwen3": ("byte-level", {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}),
+    "gpt2": ("byte-level", {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 128}),
+}
+"""Kind of tokenizer and sizes by model type."""
+
+PROMPTS = ["It was a dark night, and", "“Où est 雪?” she said:\n\n", "the"]
+MAX_TOKENS, STOP_STEP = 24, 15
+
+
+def train_tokenizer(kind: str, texts: list[str]) -> Any:
+    """Return a tokenizer of a kind, with the special tokens and post-processor that published ones of it have."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    create: Any = transformers.PreTrainedTokenizerFast
+
+    if kind == "byte-level":
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
+        backend.train_from_iterator(texts, trainer)
+        names = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+        return create(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    if kind == "unigram":
+        backend = Tokenizer(models.Unigram())
+        unigram = trainers.UnigramTrainer(vocab_size=500, special_tokens=special[:3], unk_token="<unk>")
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        backend.train_from_iterator(texts, unigram)
+    else:
+        backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=560, special_tokens=special))
+        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        backend.decoder = decoders.Sequence(parts)
+        description = json.loads(backend.to_str())
+        for token in description["added_tokens"][3:]:  # bytes are plain tokens
+            description["added_tokens"].remove(token)
+        backend = Tokenizer.from_str(json.dumps(description))
+    bos_id = backend.token_to_id("<s>")
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos_id)])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return create(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
+
+
+def record_layout(folder: Path, model_type: str, texts: list[str]) -> None:
+    """Write a folder, and beside it what the library generates greedily for each prompt, with and without an end."""
+    import transformers
+
+    models: Any = transformers.AutoModelForCausalLM
+
+    kind, options = LAYOUTS[model_type]
+    torch.manual_seed(len(model_type))
+    tokenizer = train_tokenizer(kind, texts)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = transformers.AutoConfig.for_model(model_type, vocab_size=len(tokenizer) + 8, **ids, **options)
+    model = models.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(len(name)))
+            if "embed_tokens" in name or "wte" in name or "lm_head" in name:
+                with torch.no_grad():
+                    parameter[len(tokenizer) :] = 0.0  # padded vocabulary: never the most likely
+    records = []
+    for prompt in PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        settings = {
+            "do_sample": False,
+            "max_new_tokens": MAX_TOKENS,
+            "pad_token_id": 0,
+            "attention_mask": torch.ones_like(inputs),
+        }
+        first = model.generate(inputs, eos_token_id=None, **settings)[0, inputs.shape[1] :].tolist()
+        stop = [tokenizer.eos_token_id, first[STOP_STEP]]
+        output = model.generate(inputs, eos_token_id=stop, return_dict_in_generate=True, output_logits=True, **settings)
+        ids_after = output.sequences[0, inputs.shape[1] :].tolist()
+        logprobs = [
+            float(step[0].float().log_softmax(0)[token]) for step, token in zip(output.logits, ids_after, strict=True)
+        ]
+        text_ids = [token for token in ids_after if token not in stop]
+        text = tokenizer.decode(inputs[0].tolist() + text_ids, skip_special_tokens=True)
+        before = tokenizer.decode(inputs[0].tolist(), skip_special_tokens=True)
+        record = {"prompt": prompt, "prompt_ids": inputs[0].tolist(), "stop": stop, "ids": ids_after, "text": text}
+        records.append({**record, "prompt_text": before, "logprobs": logprobs, "endless_ids": first})
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "recorded.json").write_text(json.dumps(records))
+
+
+def main() -> None:
+    """Record everything."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--book", type=Path, required=True)
+    arguments = parser.parse_args()
+    record_filters(arguments.output / "filters.json")
+    texts = arguments.book.read_text(encoding="utf-8")[:200_000].splitlines(keepends=True)
+    for model_type in LAYOUTS:
+        record_layout(arguments.output / model_type, model_type, texts)
+
+
+if __name__ == "__main__":
+    main()

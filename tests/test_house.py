@@ -31,7 +31,7 @@ ROWS = [
     ("models",),
     ("hf",),
     ("checkpoint.load", "checkpoint.convert"),
-    ("checkpoint.training", "checkpoint.async_io", "checkpoint.trainer_state"),
+    ("checkpoint.training", "checkpoint.async_io", "checkpoint.trainer_state", "checkpoint.whole_step"),
     ("training", "inference"),
     ("serving", "evaluation"),
     ("cli", "__main__"),
@@ -56,6 +56,7 @@ LIGHTNING_IMPORTERS = (
     "checkpoint/training.py",
     "checkpoint/async_io.py",
     "checkpoint/trainer_state.py",
+    "checkpoint/whole_step.py",
     "data/books.py",
     "data/tasks/data_module.py",
     "data/synthetic_tasks/data_module.py",
@@ -65,8 +66,8 @@ LIGHTNING_IMPORTERS = (
 )
 MAX_LINES = 400
 MAX_MEDIAN_LINES = 200
-MAX_FILES = 245
-MAX_TOTAL_LINES = 35_000
+MAX_FILES = 260
+MAX_TOTAL_LINES = 37_500
 # Names with a better-known term (glossary of CHANGELOG.md): nothing may define them again.
 OLD_NAMES = {
     "absolute": "absolute_positions",

@@ -73,7 +73,7 @@ def build(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
             hidden_dim=config.get_int("intermediate_size"),
             activation=config.get_activation("hidden_activation", "gelu_pytorch_tanh"),
         ),
-        positions=[positions[layer_type] for layer_type in types],
+        layer_positions=[positions[layer_type] for layer_type in types],
         qk_norm=norm,
         norm_placement="sandwich",
         query_scale=(config.head_dim / config.get_float("query_pre_attn_scalar", 256)) ** 0.5,

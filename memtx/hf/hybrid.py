@@ -95,7 +95,8 @@ OLMO_DEFAULTS: dict[str, Any] = {
 def build_qwen3_5(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
     """Build Qwen 3.5 (text, dense); window and errors as in :func:`memtx.hf.loader.load`."""
     config = DecoderConfig(hf_checkpoint.config, **QWEN3_5_DEFAULTS)
-    return _build_qwen(hf_checkpoint, config, window, _build_feed_forward(config), lambda name, tensor: None)
+    feed_forward = {"feed_forward": _build_feed_forward(config)}
+    return _build_qwen(hf_checkpoint, config, window, feed_forward, lambda name, tensor: None)
 
 
 def build_qwen3_next(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
@@ -132,7 +133,7 @@ def build_qwen3_next(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryT
         for layer in range(config.depth)
     ]
     dense = _build_feed_forward(config)
-    feed_forward = [experts if sparse else dense for sparse in has_experts]
+    feed_forward = {"layer_feed_forward": [experts if sparse else dense for sparse in has_experts]}
     return _build_qwen(hf_checkpoint, config, window, feed_forward, special_entries)
 
 
@@ -193,7 +194,7 @@ def _build_qwen(
     hf_checkpoint: HFCheckpoint,
     config: DecoderConfig,
     window: int | None,
-    feed_forward: Any,
+    feed_forward: dict[str, Any],
     special_entries: Callable[[str, Tensor], list[WeightEntry] | None],
 ) -> MemoryTransformer:
     norm = partial(ZeroCenteredRMSNorm, eps=config.get_float("rms_norm_eps", 1e-6))
@@ -217,9 +218,9 @@ def _build_qwen(
         memories=_hybrid_memories(window, max_length, _layer_types(config), memory),
         norm=norm,
         positions=positions,
-        feed_forward=feed_forward,
         qk_norm=norm,
         output_gate=True,
+        **feed_forward,
     )
 
 

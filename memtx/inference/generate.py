@@ -172,13 +172,14 @@ class TokenGenerator:
         self.next_token = sampled.token
         self._counts.add(sampled.token)
         self.num_generated += 1
-        if self.next_token in self._end_token_ids:
-            self.finish_reason = "stop"
-            return self._to_delta(None)
+        # Of the end token too, which has no text: clients of OpenAI's API count on one entry per generated token.
         if self.config.logprobs is not None:
             offset = self._num_decoded_chars + self._decoder.num_held_chars
             entry = TokenLogprob(sampled.token, sampled.logprob, sampled.top_logprobs, offset)
             self._pending_logprobs.append(entry)
+        if self.next_token in self._end_token_ids:
+            self.finish_reason = "stop"
+            return self._to_delta(None)
         return self._to_delta(None if self.next_token in self._silent_token_ids else self.next_token)
 
     def advance(self, logits: Tensor) -> TextDelta:

@@ -76,10 +76,8 @@ class MemoryTransformer(PretrainedModel):
             list of factories for a layer with several memories: first the exact one, which carries the segment itself,
             then those with a readout of their own. A memory such as ``GatedDeltaNet`` replaces attention in its layer.
         norm: Factory of the norms, given dim; ``torch.nn.LayerNorm`` is the classic choice.
-        feed_forward: Factory of the feed-forward part, given dim; ``FeedForward`` is the classic choice. A list gives
-            one per layer.
-        positions: Factory of the position encoding, given (heads, head_dim); ``Alibi`` is the alternative. A list gives
-            one per layer.
+        feed_forward: Factory of the feed-forward part, given dim; ``FeedForward`` is the classic choice.
+        positions: Factory of the position encoding, given (heads, head_dim); ``Alibi`` is the alternative.
         bias: If True, the attention projections have biases.
         out_bias: If True, the output projection has a bias. Defaults to ``bias``.
         head_dim: Width of a head. Defaults to dim / heads.
@@ -97,6 +95,8 @@ class MemoryTransformer(PretrainedModel):
         joint_qk_norm: If True, ``qk_norm`` normalizes all heads of a token at once.
         query_scale: Factor of the queries, besides 1 / sqrt(head_dim).
         embedding_scale: Factor of the embeddings in the layers' input, not in the output projection.
+        layer_feed_forward: One ``feed_forward`` per layer. Defaults to the same for all.
+        layer_positions: One ``positions`` per layer. Defaults to the same for all.
 
     Raises:
         MemtxError: A number is out of range, or numbers do not divide as they must.
@@ -119,8 +119,8 @@ class MemoryTransformer(PretrainedModel):
         kv_heads: int | None = None,
         memories: Sequence[Sequence[MemoryFactory] | MemoryFactory] = (CompressedMemory,),
         norm: Callable[[int], nn.Module] = nn.RMSNorm,
-        feed_forward: Sequence[FeedForwardFactory] | FeedForwardFactory = SwiGLU,
-        positions: Sequence[PositionsFactory] | PositionsFactory = Rotary,
+        feed_forward: FeedForwardFactory = SwiGLU,
+        positions: PositionsFactory = Rotary,
         bias: bool = False,
         out_bias: bool | None = None,
         head_dim: int | None = None,
@@ -136,6 +136,8 @@ class MemoryTransformer(PretrainedModel):
         joint_qk_norm: bool = False,
         query_scale: float = 1.0,
         embedding_scale: float = 1.0,
+        layer_feed_forward: Sequence[FeedForwardFactory] | None = None,
+        layer_positions: Sequence[PositionsFactory] | None = None,
     ) -> None:
         arguments = dict(locals())
         super().__init__()
@@ -160,8 +162,8 @@ class MemoryTransformer(PretrainedModel):
             _build_block(dim, stack, attention, partial(make_positions, *position_args), make_ff, norm, norms, dropout)
             for stack, make_positions, make_ff, norms in zip(
                 _memory_stacks(memories, depth),
-                _per_layer("positions", positions, depth),
-                _per_layer("feed_forward", feed_forward, depth),
+                _per_layer("layer_positions", layer_positions or positions, depth),
+                _per_layer("layer_feed_forward", layer_feed_forward or feed_forward, depth),
                 _per_layer("norm_placement", cast("Any", norm_placement), depth),
                 strict=True,
             )

@@ -159,11 +159,11 @@ def text_of(deltas: list[TextDelta]) -> str:
     return "".join(delta.text for delta in deltas)
 
 
-def test_an_end_token_is_counted_but_not_returned(end_tokenizer: Tokenizer) -> None:
+def test_an_end_token_is_counted_but_is_no_text(end_tokenizer: Tokenizer) -> None:
     token_generator, deltas = say(end_tokenizer, [A, EOT, A], logprobs=1, stop=("ab",))
     # The a was held back, since it might have begun the stop string.
     assert text_of(deltas) == "a"
-    assert [entry.token for delta in deltas for entry in delta.token_logprobs] == [A]
+    assert [entry.token for delta in deltas for entry in delta.token_logprobs] == [A, EOT]
     assert (token_generator.finish_reason, token_generator.num_generated) == ("stop", 2)
     # At the last token of the budget, the reason is the end token.
     assert say(end_tokenizer, [A, EOT], max_tokens=2)[0].finish_reason == "stop"
@@ -173,7 +173,7 @@ def test_an_incomplete_character_before_the_end_is_replaced(end_tokenizer: Token
     (first, _) = ids_of(end_tokenizer, "é")
     _, deltas = say(end_tokenizer, [A, first, EOT], logprobs=0)
     assert text_of(deltas) == "a\ufffd"
-    assert sum(len(delta.token_logprobs) for delta in deltas) == 2
+    assert sum(len(delta.token_logprobs) for delta in deltas) == 3
 
 
 def test_min_tokens_comes_before_every_end(end_tokenizer: Tokenizer) -> None:

@@ -190,6 +190,14 @@ def test_logprobs_of_a_stop_string_are_not_returned() -> None:
     assert (token_generator.finish_reason, token_generator.num_generated) == ("stop", 4)
 
 
+def test_the_end_token_has_a_logprob_and_no_text() -> None:
+    token_generator, deltas = spell(b"abc", max_tokens=6, logprobs=1, stop_token_ids=(ord("b"),))
+    assert "".join(delta.text for delta in deltas) == "a"
+    entries = [entry for delta in deltas for entry in delta.token_logprobs]
+    assert [(entry.token, entry.text_offset) for entry in entries] == [(ord("a"), 0), (ord("b"), 1)]
+    assert (token_generator.finish_reason, token_generator.num_generated) == ("stop", len(entries))
+
+
 def test_text_held_back_is_returned_at_the_end() -> None:
     token_generator, deltas = spell("aé".encode(), max_tokens=2, logprobs=0, stop=("ax",))
     assert "".join(delta.text for delta in deltas) == "a\ufffd"
