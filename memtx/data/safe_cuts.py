@@ -25,7 +25,21 @@ _CJK = r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]"
 _CJK_STOPS = "\u3001\u3002\uff0c\uff01\uff1f\uff1b\uff1a"
 # Texts of many kinds: scripts, cases, digits, quotes, contractions, spaces and line ends.
 _PROBE_PARTS = [*"abzABZ019_.,;:!?'\"()[]{}<>|@#$%^&*+=~`/\\-éßİΣ٣½ﬁー中日のあ한งא🙂。“”«…", *" \t\u00a0\u3000\n"]
-_PROBE_PARTS += ["  ", "\n\n", "\r\n", "\n \n", "    ", "'s", "'LL", "don't", "1234", "word", "Word", "e\u0301", "\u2581"]
+_PROBE_PARTS += [
+    "  ",
+    "\n\n",
+    "\r\n",
+    "\n \n",
+    "    ",
+    "'s",
+    "'LL",
+    "don't",
+    "1234",
+    "word",
+    "Word",
+    "e\u0301",
+    "\u2581",
+]
 _PROBE_PARTS += [f"\u4e2d{stop}\u4e2d" for stop in _CJK_STOPS]
 # Contexts before a chunk that begins with any character, if the tokenizer does not split words.
 _LEFT_CONTEXTS = ["a", "\n", "z", "0", " ", "Q", "~", "é", "中"]

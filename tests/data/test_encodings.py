@@ -61,8 +61,14 @@ TEXTS = {
         ("cp866", "CP866"),
     ],
     "一个人在中国，一天。\n": [("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE")],
-    "Święta były długie i ciężkie, a książki ciekawe jak zawsze.": [("cp1250", "WINDOWS-1250"), ("iso8859-2", "ISO-8859-2")],
-    "Všichni lidé se rodí svobodní a sobě rovní co do důstojnosti a práv.": [("cp1250", "WINDOWS-1250"), ("iso8859-2", "ISO-8859-2")],
+    "Święta były długie i ciężkie, a książki ciekawe jak zawsze.": [
+        ("cp1250", "WINDOWS-1250"),
+        ("iso8859-2", "ISO-8859-2"),
+    ],
+    "Všichni lidé se rodí svobodní a sobě rovní co do důstojnosti a práv.": [
+        ("cp1250", "WINDOWS-1250"),
+        ("iso8859-2", "ISO-8859-2"),
+    ],
     "Διαβάζουμε βιβλία και γράφουμε γράμματα.": [("cp1253", "WINDOWS-1253")],
     "אנחנו קוראים ספרים והם כותבים מכתבים.": [("cp1255", "WINDOWS-1255")],
     "Die Größe der Straße überraschte; schöne Grüße aus München.": [("latin1", "LATIN1")],
