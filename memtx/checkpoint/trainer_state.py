@@ -7,6 +7,7 @@ import sys
 from typing import Any, cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 
 def has_stepped(trainer: pl.Trainer) -> bool:
@@ -27,17 +28,24 @@ def will_validate(trainer: pl.Trainer) -> bool:
 
 def is_last_step(trainer: pl.Trainer) -> bool:
     """Return whether the current batch is the last of the run."""
+    if trainer.should_stop and trainer.fit_loop._can_stop_early:
+        return True
     if trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps:
         return True
     ends_epoch = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
     return ends_epoch and trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
 
 
-def total_steps(trainer: pl.Trainer) -> int | None:
-    """Return the optimizer steps of the whole run; None if it is endless."""
+def total_steps(trainer: pl.Trainer, batches_per_epoch: float | None = None) -> int | None:
+    """Return the optimizer steps of the whole run, None if it is endless; of the trainer's batches once it has them."""
     limits = [trainer.max_steps] if trainer.max_steps > 0 else []
-    if trainer.max_epochs is not None and trainer.max_epochs > 0 and math.isfinite(trainer.num_training_batches):
-        limits.append(math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) * trainer.max_epochs)
+    num_batches = trainer.num_training_batches if batches_per_epoch is None else batches_per_epoch
+    if trainer.max_epochs is not None and trainer.max_epochs > 0 and math.isfinite(num_batches):
+        # An epoch ends with an optimizer step, however few batches were accumulated.
+        entries = (entry for entry in cast(Any, trainer).callbacks if isinstance(entry, GradientAccumulationScheduler))
+        schedule = next(entries, GradientAccumulationScheduler({0: trainer.accumulate_grad_batches}))
+        get_count = schedule.get_accumulate_grad_batches
+        limits.append(sum(math.ceil(num_batches / get_count(epoch)) for epoch in range(trainer.max_epochs)))
     return min(limits) if limits else None
 
 
@@ -49,7 +57,8 @@ def sync_batch_progress(trainer: pl.Trainer) -> None:
         return
     progress = trainer.fit_loop.epoch_loop.batch_progress.current
     # At a checkpoint of an epoch's last batch, the data is in the next epoch and Lightning is not.
-    shift = (position % len(loader) or (len(loader) if progress.ready else 0)) - progress.ready
+    num_batches = getattr(loader, "steps_per_epoch", len(loader))
+    shift = (position % num_batches or (num_batches if progress.ready else 0)) - progress.ready
     for name in ("ready", "started", "processed", "completed"):
         setattr(progress, name, getattr(progress, name) + shift)
 

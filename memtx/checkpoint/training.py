@@ -19,7 +19,8 @@ from torch import Tensor
 
 from memtx import files
 from memtx.checkpoint import checksummed_zip, pretrained, sharded, trainer_state
-from memtx.errors import check_at_least
+from memtx.checkpoint.whole_step import WholeStep, is_between_steps
+from memtx.errors import MemtxError, check_at_least
 
 BEST_FILE = "best.json"
 """File beside the checkpoints that names the best."""
@@ -61,9 +62,11 @@ class BestCheckpoint(ModelCheckpoint):
     """Keeps the best and the last checkpoints of a run, and names the best in best.json.
 
     last.ckpt is written at every validation, at the end, and every ``every_n_train_steps``; always after an optimizer
-    step, so that a run resumes from it exactly. The checkpoint that it replaces stays as earlier-N.ckpt (of step N), in
-    case last.ckpt is damaged. The best checkpoint is stored as it was validated. A run without validation has no best
-    checkpoint and also writes last.ckpt after each epoch. While a guard reports an unstable run, nothing is written.
+    step, so that a run resumes from it exactly. It holds the last whole step however the run ends: at its limits, by
+    ``should_stop``, or by an exception, unless several processes would have to agree. The checkpoint that it replaces
+    stays as earlier-N.ckpt (of step N), in case last.ckpt is damaged. The best checkpoint is stored as it was
+    validated. A run without validation has no best checkpoint and also writes last.ckpt after each epoch. While a guard
+    reports an unstable run, nothing is written.
 
     Args:
         dirpath: Folder of the checkpoints. Defaults to ``checkpoints`` in the run folder.
@@ -101,6 +104,9 @@ class BestCheckpoint(ModelCheckpoint):
         self.save_every_n_steps, self.keep_last = every_n_train_steps, keep_last
         self._save_pending = False
         self._owns_last = False
+        self._last_saved_step = -1
+        self._whole_step: WholeStep | None = None
+        self._is_updating = self._saves_whole_step = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Resolve the folder; if the run resumes from its last.ckpt, that is kept as an earlier checkpoint."""
@@ -120,6 +126,9 @@ class BestCheckpoint(ModelCheckpoint):
         """Write last.ckpt if it is due and no validation is about to write it."""
         if not trainer_state.has_stepped(trainer):
             return
+        self._is_updating = False
+        # An unstable run keeps its last checkpoint.
+        self._whole_step = None if trainer_state.is_unstable(trainer) else WholeStep.capture(trainer)
         is_last_step, interval = trainer_state.is_last_step(trainer), self.save_every_n_steps
         never_validates = not trainer.enable_validation or not sum(trainer.num_val_batches)
         is_due = (
@@ -132,10 +141,20 @@ class BestCheckpoint(ModelCheckpoint):
             self._save_pending = True
         elif is_due and not trainer_state.will_validate(trainer) and not self._should_skip_saving_checkpoint(trainer):
             self._save_pending = False
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self.save_now(trainer)
+
+    def save_now(self, trainer: pl.Trainer) -> None:
+        """Write last.ckpt now; the current batch must have ended in an optimizer step."""
+        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        """Note that the weights are about to change."""
+        self._is_updating = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do nothing: the epoch's last batch has saved."""
+        """Write last.ckpt if the run stops here; else, the epoch's last batch has saved."""
+        if trainer.should_stop:
+            self._save_whole_step(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the validated checkpoint if it is the best, then write last.ckpt."""
@@ -153,6 +172,31 @@ class BestCheckpoint(ModelCheckpoint):
             note = {"path": best.name, "monitor": self.monitor, "score": score}
             _run_after_writes(trainer, partial(files.write_json, best.parent / BEST_FILE, note))
 
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        if self._whole_step is None or not self._saves_whole_step:
+            super()._save_checkpoint(trainer, filepath)
+            return
+        trainer.strategy.save_checkpoint(self._whole_step.dump_checkpoint(trainer), filepath)
+        self._last_global_step_saved, self._last_checkpoint_saved = self._whole_step.global_step, filepath
+
+    def _save_whole_step(self, trainer: pl.Trainer) -> None:
+        """Write last.ckpt of the last whole step, unless it exists or the weights have changed since."""
+        if (
+            getattr(trainer, "fast_dev_run", False)
+            or trainer.state.fn != TrainerFn.FITTING
+            or trainer_state.is_unstable(trainer)
+        ):
+            return
+        if is_between_steps(trainer):
+            if trainer.global_step > self._last_saved_step:
+                self.save_now(trainer)
+        elif self._whole_step and not self._is_updating and self._whole_step.global_step > self._last_saved_step:
+            self._saves_whole_step = True
+            try:
+                self.save_now(trainer)
+            finally:
+                self._saves_whole_step = False
+
     def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         for logger in trainer.loggers:
             logger.save()  # so that a resumed run does not log the same steps again
@@ -160,12 +204,29 @@ class BestCheckpoint(ModelCheckpoint):
             _run_after_writes(trainer, partial(_keep_earlier, self._last_path))
         super()._save_last_checkpoint(trainer, monitor_candidates)
         self._owns_last = True
+        self._last_saved_step = self._last_global_step_saved
         if trainer.is_global_zero:
             prune = partial(_prune_earlier, self._last_path.parent, self.keep_last - 1, trainer.global_step)
             _run_after_writes(trainer, prune)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do nothing: the run's last batch has saved."""
+        """Write last.ckpt if the run was stopped after the callbacks of its last batch, or within a step."""
+        self._save_whole_step(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Write last.ckpt of the last whole step; several processes cannot agree on one any more."""
+        if trainer.world_size > 1:
+            return
+        try:
+            self._save_whole_step(trainer)
+        except (MemtxError, OSError, RuntimeError) as error:  # The first error is the one to report.
+            trainer_state.write_status(trainer, f"The last step could not be saved: {error}")
+
+
+def find_best_checkpoint(trainer: pl.Trainer) -> BestCheckpoint | None:
+    """Return the trainer's ``BestCheckpoint``, whatever other checkpoint callbacks it has; None without one."""
+    callbacks = cast(list[Any], trainer.checkpoint_callbacks)
+    return next((callback for callback in callbacks if isinstance(callback, BestCheckpoint)), None)
 
 
 def _run_after_writes(trainer: pl.Trainer, callback: Callable[[], None]) -> None:

@@ -7,9 +7,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
-from typing import Any
 
-from lightning.pytorch.callbacks import LearningRateMonitor
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from memtx import files
@@ -17,18 +15,17 @@ from memtx.cli.config import add_run_config
 from memtx.cli.errors import EXIT_INTERRUPTED, EXIT_USAGE_ERROR, run
 from memtx.cli.lightning_cli import MemtxCLI, SaveConfig
 from memtx.cli.main import program_name
-from memtx.training.callbacks.interrupt import INTERRUPT_EXIT_CODE, StopOnInterrupt
-from memtx.training.callbacks.memory_monitor import ClosedGateMonitor, MemoryNormMonitor, UnusedMemoryWarning
-from memtx.training.callbacks.oom import OutOfMemoryHint
-from memtx.training.callbacks.progress import PlainProgress, StepProgressBar
-from memtx.training.callbacks.skip_nonfinite import SkipNonFinite
-from memtx.training.callbacks.throughput import Throughput
+from memtx.training.callbacks.interrupt import INTERRUPT_EXIT_CODE
 
 # Advice to install other products, and warnings about choices made on purpose.
-_SUPPRESSED_LOGS = ("Seed set to", "available: False", "litlogger", "Tip", "was configured so")
+_SUPPRESSED_LOGS = (
+    *("Seed set to", "available: False", "litlogger", "Tip", "was configured so"),
+    *("Automatic Mixed Precision", "model summary callbacks", "`weights_only` was not set"),
+)
 _SUPPRESSED_WARNINGS = (
     ".*(does not have many workers|does not seem to be|LeafSpec|no logger configured|exists and is not empty)",
     ".*not supported by the model summary",
+    ".*(with a model that overrides the configure_model|SWA is currently only supported|trying to `self.log)",
     "LightningCLI's args parameter is intended to run from within Python",
     ".*across ranks is zero",  # a run without validation texts
     r"\s*Unable to serialize instance",  # the tokenizer of the checkpoint, which is not saved
@@ -50,7 +47,8 @@ def install_warning_filters() -> None:
     threading.excepthook = _thread_excepthook
     for text in _SUPPRESSED_WARNINGS:
         warnings.filterwarnings("ignore", message=text)
-    for name in ("fabric.utilities.seed", "fabric.utilities.rank_zero", "pytorch.utilities.rank_zero"):
+    names = ["fabric.utilities.seed", "fabric.utilities.rank_zero", "pytorch.utilities.rank_zero"]
+    for name in [*names, "pytorch.trainer.connectors.checkpoint_connector"]:
         logger = logging.getLogger(f"lightning.{name}")
         if _is_relevant not in logger.filters:
             logger.addFilter(_is_relevant)
@@ -62,12 +60,7 @@ def _run_cli(argv: list[str]) -> int:
     # A config may name classes in the current folder, which comes last so that it hides no module.
     if (folder := str(Path.cwd())) not in sys.path:
         sys.path.append(folder)
-    interactive = sys.stderr.isatty() or sys.stdout.isatty()
-    callbacks: list[Any] = [Throughput(), LearningRateMonitor("step"), UnusedMemoryWarning(), ClosedGateMonitor()]
-    callbacks += [StopOnInterrupt(), SkipNonFinite(), MemoryNormMonitor(), OutOfMemoryHint()]
-    callbacks.append(StepProgressBar() if interactive else PlainProgress())
-    defaults = {"callbacks": callbacks, "gradient_clip_val": 1.0, "use_distributed_sampler": False, "devices": 1}
-    defaults["enable_progress_bar"] = interactive
+    defaults = {"gradient_clip_val": 1.0, "use_distributed_sampler": False, "devices": 1}
     program = program_name(sys.argv[0])
     try:
         MemtxCLI.from_arguments(argv, program, save_config_callback=SaveConfig, trainer_defaults=defaults)

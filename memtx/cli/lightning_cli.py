@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -13,14 +14,13 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 
 from memtx import files
 from memtx.checkpoint import pretrained, recovery
-from memtx.checkpoint.training import AtomicCheckpointIO, BestCheckpoint
+from memtx.checkpoint.training import AtomicCheckpointIO, BestCheckpoint, find_best_checkpoint
 from memtx.cli.config import CONFIG_FILE, DEFAULT_RUN_DIR, find_class, get_option_values, uses_class_paths
 from memtx.cli.one_line_parser import OneLineParser, to_memtx_error
 from memtx.cli.options import command_line, print_next_command
@@ -30,10 +30,12 @@ from memtx.data.tokenizers import tokenizer_from_json
 from memtx.errors import CheckpointError, DataError, MemtxError
 from memtx.ops.cpu.cpu_info import choose_precision
 from memtx.training.base_module import BaseModule
+from memtx.training.callbacks.defaults import adapt_options
 from memtx.training.callbacks.oom import is_out_of_memory
 from memtx.training.callbacks.predictions import PredictionWriter
 from memtx.training.csv_logger import ResumableCSVLogger
 from memtx.training.language import LanguageModule
+from memtx.training.optimizers import build_optimizer
 
 LAST_CHECKPOINT = "last.ckpt"
 CHECKPOINT_DIR = "checkpoints"
@@ -193,7 +195,7 @@ class MemtxCLI(LightningCLI):
         """Write logs and checkpoints to the run folder, unless the user chose other loggers and callbacks."""
         config = self.config_init[self.subcommand]
         run_dir, trainer = Path(config.run_dir), config.trainer
-        if trainer.logger is None:
+        if trainer.logger is None and not trainer.barebones:
             # Evaluation must not change the logs of training.
             kwargs["logger"] = self.subcommand == "fit" and [
                 ResumableCSVLogger(config.run_dir, resume=config.ckpt_path is not None),
@@ -212,30 +214,27 @@ class MemtxCLI(LightningCLI):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(run_dir / CHECKPOINT_DIR)
-        # A user's callback replaces the default of its class; LearningRateMonitor fails without a logger.
-        replaced = {type(callback) for callback in _to_list(trainer.callbacks)}
-        if not kwargs.get("logger", trainer.logger):
-            replaced.add(LearningRateMonitor)
-        callbacks = [callback for callback in self.trainer_defaults["callbacks"] if type(callback) not in replaced]
         if self.subcommand == "predict":
-            callbacks.append(PredictionWriter(run_dir / PREDICTION_DIR))
-        self.trainer_defaults["callbacks"] = callbacks
+            self.trainer_defaults["callbacks"] = [PredictionWriter(run_dir / PREDICTION_DIR)]
         return super().instantiate_trainer(**kwargs)
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        interactive = sys.stderr.isatty() or sys.stdout.isatty()
+        return super()._instantiate_trainer(adapt_options(config, callbacks, interactive), [])
+
     def before_fit(self) -> None:
-        """Build optimizer and schedule for a dummy parameter, so that a wrong setting fails before any work."""
-        try:
-            optimizer = self.model.make_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}])
-            if self.model.make_scheduler is not None:
-                self.model.make_scheduler(optimizer)
-        except MemtxError:
-            raise
-        except (ValueError, TypeError) as error:
-            raise MemtxError(f"model.optimizer or model.scheduler: {error}.", "Change its init_args.") from error
+        """Try optimizer and schedule, so that a wrong setting fails before any work."""
+        with torch.random.fork_rng(devices=[]):
+            optimizer = build_optimizer(self.model.make_optimizer, torch.nn.Linear(2, 2))
+        if self.model.make_scheduler is not None:
+            self.model.make_scheduler(optimizer)
 
     def after_fit(self) -> None:
-        """Print the run folder."""
+        """Print the run folder, and how to test it if that is possible."""
         config = self.config[self.subcommand]
+        if reason := self._describe_untestable(Path(config.run_dir)):
+            _print_rank_zero(f"memtx: {reason}\n")
+            return
         if self.trainer.is_global_zero and not config.trainer.fast_dev_run:
             sys.stdout.write(f"The run is in '{config.run_dir}'. ")
             print_next_command("Test it with", "test", "--run_dir", str(config.run_dir))
@@ -267,6 +266,19 @@ class MemtxCLI(LightningCLI):
         else:
             print_next_command("Measure its memory with", "evaluate", "--checkpoint", path, "--task", "recall")
 
+    def _describe_untestable(self, run_dir: Path) -> str:
+        """Return why `memtx test` cannot follow a fit; empty if it can."""
+        if self.config[self.subcommand].trainer.fast_dev_run:
+            return ""
+        if not any((run_dir / CHECKPOINT_DIR).glob("*.ckpt")):
+            no_step = "" if self.trainer.global_step else ": no step was done"
+            reason = no_step if find_best_checkpoint(self.trainer) else ": trainer.enable_checkpointing is false"
+            return f"No checkpoint was written{reason}, so there is nothing to test."
+        has_split = getattr(self.datamodule, "has_split", None)
+        if has_split is not None and not has_split("test"):
+            return f"The run is in '{run_dir}'. It has no test split: give `memtx test` a --data.root that has one."
+        return ""
+
     def after_predict(self) -> None:
         """Print the folder of the predictions."""
         if self.trainer.is_global_zero:
@@ -284,7 +296,7 @@ class MemtxCLI(LightningCLI):
             has_started = self.trainer.global_step or any((run_dir / CHECKPOINT_DIR).glob("*"))
             if subcommand == "fit" and is_new and not has_started:
                 shutil.rmtree(run_dir, ignore_errors=True)
-            if isinstance(error, MisconfigurationException):
+            if isinstance(error, Exception) and _is_raised_by_options(error):
                 raise to_memtx_error(error) from error
             if is_out_of_memory(error):
                 raise MemtxError(getattr(error, "__notes__", ["Out of memory."])[-1]) from error
@@ -334,6 +346,15 @@ def get_data_options(config: Any) -> Any:
 
 def _to_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _is_raised_by_options(error: BaseException) -> bool:
+    """Return whether Lightning, or an optimizer or schedule of torch, complains about an option of the user."""
+    if not isinstance(error, ValueError | TypeError | AttributeError | RuntimeError | ZeroDivisionError):
+        return isinstance(error, MisconfigurationException)
+    frames = traceback.extract_tb(error.__traceback__)
+    path = Path(frames[-1].filename).as_posix() if frames else ""
+    return "/site-packages/lightning/" in path or "/site-packages/torch/optim/" in path
 
 
 def _resolve_checkpoint(run_dir: Path, checkpoint: str) -> Path:

@@ -55,14 +55,16 @@ def _serve(arguments: argparse.Namespace) -> None:
         app = create_task_app(predictor, model_name=name, limits=limits, api_key=api_key)
         description = f"{predictor.task_name}, POST /v1/predict"
     else:
+        from memtx.inference.chat_template import load_chat_template
         from memtx.inference.sessions.pool import SessionPool
 
         names = ("segment_length", "max_in_memory", "max_sessions", "max_batch_size")
         settings = {name: getattr(arguments, name) for name in names}
+        template = load_chat_template(Path(arguments.checkpoint))
         settings["prefix_cache_bytes"] = arguments.prefix_cache
         settings["prefix_cache_disk_bytes"] = arguments.prefix_cache_disk
         pool = SessionPool(*options.load_model(arguments), arguments.session_dir, **settings)
-        app = create_app(pool, model_name=name, limits=limits, api_key=api_key)
+        app = create_app(pool, model_name=name, limits=limits, api_key=api_key, chat_template=template)
         description = f"{len(pool.session_ids())} sessions in '{arguments.session_dir}', saved on exit, "
         description += f"{pool.session_bytes:,} bytes each, {pool.sessions_per_gb:,} per GB"
 

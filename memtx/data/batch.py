@@ -41,29 +41,34 @@ class Batch(NamedTuple):
 class ResumableBatches(ABC):
     """Endless training batches, each a function of its step alone, with a position that can be set.
 
-    Iterating continues from the position to the end of the epoch, the next multiple of ``len``.
+    Iterating continues from the position to the end of the epoch, the next multiple of ``steps_per_epoch``.
 
     Attributes:
-        steps_per_epoch: Batches of an epoch.
+        steps_per_epoch: Batches of an epoch; at most ``len``, those of a pass.
+        repeats: If True, every epoch has the batches of the first.
         position: Batches handed out so far, counted when they are handed out; equal on all ranks.
     """
 
     def __init__(self, steps_per_epoch: int) -> None:
-        self.steps_per_epoch = steps_per_epoch
-        self.position = 0
+        self.steps_per_epoch = self._num_batches = steps_per_epoch
+        self.position, self.repeats = 0, False
 
     @abstractmethod
     def get_batch(self, step: int) -> Batch:
         """Return the batch of a step, ``(batch, length)``; steps count from the start of the first epoch."""
 
     def __len__(self) -> int:
-        """Return the batches of an epoch; constant, because Lightning asks once."""
-        return self.steps_per_epoch
+        """Return the batches of a pass; constant, because Lightning asks once."""
+        return self._num_batches
+
+    def step_at(self, position: int) -> int:
+        """Return the step of the batch at a position."""
+        return position % self.steps_per_epoch if self.repeats else position
 
     def __iter__(self) -> Iterator[Batch]:
         stop = (self.position // self.steps_per_epoch + 1) * self.steps_per_epoch
         while self.position < stop:
-            batch = self.get_batch(self.position)
+            batch = self.get_batch(self.step_at(self.position))
             # Before the yield: a checkpoint written in this batch's step must not read the batch again.
             self.position += 1
             yield batch
@@ -80,6 +85,18 @@ class FixedBatches(Generic[B]):
 
     def __iter__(self) -> Iterator[B]:
         return map(self._get_batch, range(self._num_batches))
+
+
+def count_limited(num_batches: int, limit: float) -> int:
+    """Return the batches that a Lightning trainer reads of ``num_batches``; a float limit is a fraction of them."""
+    return min(num_batches, limit) if isinstance(limit, int) else int(num_batches * limit)
+
+
+def limit_epochs(batches: Any, trainer: Any) -> None:
+    """End epochs of training batches where a Lightning trainer does, and repeat the first for ``overfit_batches``."""
+    if trainer is not None:
+        batches.steps_per_epoch = max(1, count_limited(len(batches), trainer.limit_train_batches))
+        batches.repeats = trainer.overfit_batches > 0
 
 
 def check_options(minimum: int, /, **options: int | None) -> None:

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from memtx.data.batch import check_options, rank_and_world_size
+from memtx.data.batch import check_options, limit_epochs, rank_and_world_size
 from memtx.data.shards import TokenStore
 from memtx.data.sources.base import SPLITS, Corpus, CorpusManifest, TextSource
 from memtx.data.sources.corpus import open_corpus
@@ -164,11 +164,7 @@ class BookDataModule(LightningDataModule):
         """
         store, ranks = self.token_store("train"), rank_and_world_size(self.trainer)
         streams = DocumentStreams(store, self.batch_size, self.length, self.seed, *ranks)
-        if self.trainer is not None:
-            # Lightning's own limit would leave a short rest at the end of each pass, and a partial accumulation.
-            limit = getattr(self.trainer, "overfit_batches", 0) or self.trainer.limit_train_batches
-            if isinstance(limit, int) and limit > 0:
-                streams.steps_per_epoch = min(limit, len(streams))
+        limit_epochs(streams, self.trainer)
         if self._streams is not None:  # called again within a run
             streams.load_state_dict(self._streams.state_dict())
         elif self._restored_position is not None:
@@ -179,7 +175,7 @@ class BookDataModule(LightningDataModule):
     def token_indices(self) -> Tensor:
         """Return the index in the training store of each token of the newest batch, ``(batch, length)`` int64."""
         assert self._streams is not None
-        return self._streams.token_indices(self._streams.position - 1)
+        return self._streams.token_indices(self._streams.step_at(self._streams.position - 1))
 
     def val_dataloader(self) -> EvaluationStreams | list[Any]:
         """Return the validation split in streams; an empty list for training data without one."""

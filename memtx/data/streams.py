@@ -272,7 +272,7 @@ class DocumentStreams(ResumableBatches):
                 saved_value, value = (str(position[key])[:20] for position in (state_dict, current))
                 message = f"The checkpoint's data position belongs to {key} {saved_value}, this run has {value}."
                 raise CheckpointError(message, hint)
-        saved = {**current, **state_dict}
+        saved = {**current, "assignments": [], **state_dict}
         offset = state_dict.get("offset", saved["position"] * saved["length"])
         self._assignments = [(num_streams, until) for num_streams, until in saved["assignments"]]
         plan = self._build_plan([*self._assignments, (saved["global_batch_size"], offset)])

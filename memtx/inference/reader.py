@@ -166,6 +166,8 @@ class StreamReader:
         self.model, self.tokenizer, self.segment_length = model, tokenizer, segment_length
         self.score_fn = score_fn or (lambda request: score_segments(model, [request])[0])
         self.num_logprobs, self.return_hidden_states = num_logprobs, return_hidden_states
+        # If False, a begin token within the text is like others: in a conversation every turn may begin with it.
+        self.splits_documents = True
         self.state = model.init_state(1)
         self.last_token = tokenizer.bos_token_id
         self.totals = Totals()
@@ -226,7 +228,7 @@ class StreamReader:
         length = self._next_length(0)
         # A segment is removed, then scored, then returned, so a caller that stops iterating loses nothing.
         segment, self._pending_tokens = np.split(self._pending_tokens, [length])
-        if segment[0] != self.tokenizer.bos_token_id:
+        if not self.splits_documents or segment[0] not in self.tokenizer.bos_token_ids:
             return self._score(segment, discard_state and not len(self._pending_tokens))
         self.state, self.last_token = self.model.init_state(1), int(segment[0])
         start = self.totals.num_tokens
@@ -236,7 +238,7 @@ class StreamReader:
     def _next_length(self, start: int) -> int:
         """Return the length of the segment that begins at ``start`` in the pending tokens."""
         tokens = self._pending_tokens[start : start + self.segment_length]
-        begins_document = np.isin(tokens, self.tokenizer.bos_token_ids)
+        begins_document = np.isin(tokens, self.tokenizer.bos_token_ids if self.splits_documents else [])
         return max(1, int(begins_document.argmax())) if begins_document.any() else len(begins_document)
 
     def feed(self, text: str | bytes) -> Iterator[SegmentResult]:
@@ -274,6 +276,11 @@ class StreamReader:
         self.totals = replace(totals, num_bytes=self.totals.num_bytes + num_bytes)
         self._restart_tokenizer(continues=True)
         yield from self._score_full_segments(TokenizedText(ids, contents))
+
+    def begin_with(self, tokens: Sequence[int]) -> None:
+        """Begin a text with exactly these tokens: with the begin token only if it is the first of them."""
+        if self.totals.num_tokens == 0 and list(tokens[:1]) != [self.tokenizer.bos_token_id]:
+            self.last_token = None
 
     def finish(self, *, discard_state: bool = False) -> Iterator[SegmentResult]:
         """End the text and yield the pending segments; the last may be shorter than ``segment_length``.

@@ -15,10 +15,11 @@ from fastapi.responses import HTMLResponse
 
 import memtx
 from memtx.errors import MemtxError
+from memtx.inference.chat_template import ChatTemplate
 from memtx.inference.predictor import BasePredictor
 from memtx.inference.sessions.pool import SessionPool
 from memtx.ops.cpu.malloc import limit_arenas
-from memtx.serving import completions, sessions
+from memtx.serving import chat, completions, sessions
 from memtx.serving.errors import APIError, add_exception_handlers, check_model, to_api_error
 from memtx.serving.limits import Deadline, GuardMiddleware, Limits
 from memtx.serving.metrics import Metrics, PoolMetrics
@@ -87,19 +88,26 @@ def _reject_paths(app: FastAPI, paths: tuple[str, ...], message: str, hint: str)
 
 
 def create_app(
-    pool: SessionPool, *, model_name: str, limits: Limits | None = None, api_key: str | None = None
+    pool: SessionPool,
+    *,
+    model_name: str,
+    limits: Limits | None = None,
+    api_key: str | None = None,
+    chat_template: ChatTemplate | None = None,
 ) -> FastAPI:
     """Return the application of a language model. Its shutdown closes the pool, which saves every session.
 
     ``model_name`` is the model's name in requests, ``limits`` defaults to ``Limits()``, and ``api_key`` is the key that
-    clients must send; None disables it and restricts access to this machine.
+    clients must send; None disables it and restricts access to this machine. Without ``chat_template``, requests for
+    chat are rejected.
     """
     limits, metrics = limits or Limits(), PoolMetrics(pool)
     app = _create_base_app(model_name, limits, metrics, stop=pool.engine.close, close=pool.close)
     max_bytes = pool.session_bytes + SESSION_FILE_OVERHEAD
     app.add_middleware(GuardMiddleware, limits=limits, metrics=metrics, api_key=api_key, max_import_bytes=max_bytes)
-    app.state.service = completions.CompletionService(pool, model_name, limits, metrics)
+    app.state.service = completions.CompletionService(pool, model_name, limits, metrics, chat_template)
     app.include_router(completions.router)
+    app.include_router(chat.router)
     app.include_router(sessions.router)
     _reject_paths(app, ("/v1/predict",), "This model continues texts.", "Use /v1/completions.")
     content = resources.files("memtx.serving").joinpath("page/index.html").read_text(encoding="utf-8")
@@ -121,7 +129,7 @@ def create_task_app(
     app.add_middleware(GuardMiddleware, limits=limits, metrics=metrics, api_key=api_key)
     app.state.predictor = predictor
     app.include_router(predict_router)
-    paths = ("/v1/completions", "/v1/sessions", "/v1/sessions/{rest:path}")
+    paths = ("/v1/completions", "/v1/chat/completions", "/v1/sessions", "/v1/sessions/{rest:path}")
     _reject_paths(app, paths, f"This model does {predictor.task_name}.", "Use /v1/predict.")
     return app
 

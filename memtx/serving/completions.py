@@ -14,6 +14,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from memtx.inference.chat_template import ChatTemplate
 from memtx.inference.engine import Generation
 from memtx.inference.generate import GenerationConfig, TextDelta, TokenGenerator, TokenLogprob
 from memtx.inference.reader import StreamReader
@@ -73,6 +74,7 @@ class CompletionService:
     model_name: str
     limits: Limits
     metrics: PoolMetrics
+    chat_template: ChatTemplate | None = None
 
     def build_configs(self, body: GenerationBody, num_prompts: int = 1) -> list[GenerationConfig]:
         """Return the settings of each text of a request, prompt by prompt.
@@ -116,7 +118,7 @@ class CompletionService:
             complete_only = body.max_tokens != 0
             decode = self.pool.tokenizer.decode
             text = prompt if isinstance(prompt, str) else decode(prompt, complete_only=complete_only)
-        if echo and body.logprobs is not None:
+        if echo and body.num_logprobs is not None:
             logprobs = get_prompt_logprobs(read.results, prompt, self.pool.tokenizer, deadline)
         num_tokens = len(read.tokens) if isinstance(prompt, str) else len(prompt)
         recent_tokens = np.unique(read.tokens).tolist()
@@ -129,6 +131,7 @@ class CompletionService:
         prompts: list[PrefilledPrompt],
         configs: list[GenerationConfig],
         deadline: float,
+        formatter: CompletionFormatter | None = None,
     ) -> Response:
         """Generate equally many texts per prompt, one per config, and return the response, whole or streamed."""
         token_queue, texts_per_prompt = TokenQueue(), len(configs) // len(prompts)
@@ -148,7 +151,7 @@ class CompletionService:
         outputs = token_queue.stream_outputs(generations, request, deadline)
         num_tokens = sum(prompt.num_tokens for prompt in prompts)
         num_cached = sum(prompt.num_cached_tokens for prompt in prompts)
-        return await self.respond(body, choices, outputs, num_tokens, num_cached)
+        return await self.respond(body, choices, outputs, num_tokens, num_cached, formatter)
 
     async def respond(
         self,
@@ -157,24 +160,33 @@ class CompletionService:
         outputs: OutputStream,
         num_prompt_tokens: int,
         num_cached_tokens: int = 0,
+        formatter: CompletionFormatter | None = None,
     ) -> Response:
-        """Return the response: the pieces as they come, or all of them at the end."""
-        formatter = CompletionFormatter(self.model_name, self.pool.tokenizer, body.logprobs is not None)
-        format_choice, format_response = formatter.format_choice, formatter.format_response
+        """Return the response: the pieces as they come, or all of them at the end.
+
+        ``formatter`` defaults to that of completions.
+        """
+        settings = (self.model_name, self.pool.tokenizer, body.num_logprobs is not None)
+        formatter = formatter or CompletionFormatter(*settings)
+        format_choice, format_chunk = formatter.format_choice, formatter.format_chunk
+        format_delta = partial(format_choice, is_delta=True)
 
         async def stream_chunks() -> AsyncIterator[dict[str, Any]]:
+            for index in range(len(choices)):
+                if first := formatter.format_first(index):
+                    yield format_chunk([first])
             for index, choice in enumerate(choices):
                 if choice.text:
                     # In a thread, since a prompt may be long.
-                    echoed = await to_thread.run_sync(format_choice, index, choice.text, choice.logprobs)
-                    yield format_response([echoed])
+                    echoed = await to_thread.run_sync(format_delta, index, choice.text, choice.logprobs)
+                    yield format_chunk([echoed])
             async for index, delta in outputs:
-                yield format_response([format_choice(index, delta.text, choices[index].shift_offsets(delta))])
+                yield format_chunk([format_delta(index, delta.text, choices[index].shift_offsets(delta))])
             for index, choice in enumerate(choices):
-                yield format_response([format_choice(index, "", [], choice.token_generator.finish_reason)])
+                yield format_chunk([format_delta(index, "", [], choice.token_generator.finish_reason)])
             usage = self._record_usage(choices, num_prompt_tokens, num_cached_tokens)
             if body.include_usage:
-                yield format_response([], usage)
+                yield format_chunk([], usage)
 
         if body.stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -189,7 +201,7 @@ class CompletionService:
                 format_choice(index, choice.text, choice.logprobs, choice.token_generator.finish_reason)
                 for index, choice in enumerate(_select_best(choices, body.num_candidates, body.n or 1))
             ]
-            return JSONResponse(format_response(formatted, usage))
+            return JSONResponse(formatter.format_response(formatted, usage))
 
         return await to_thread.run_sync(format_all)
 

@@ -49,15 +49,8 @@ _JSON_TYPES = {
     "list_type": "a list",
     "none_required": "null",
 }
-_LIMITS = {
-    "ge": "at least",
-    "gt": "above",
-    "le": "at most",
-    "lt": "below",
-    "min_length": "at least",
-    "max_length": "at most",
-    "expected": "one of",
-}
+_LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "expected": "one of"}
+_LIMITS |= {"min_length": "at least", "max_length": "at most"}
 # The location of an error holds field names and, for a field with several types, pydantic's names of the types.
 _FIELD_NAME = re.compile(r"(?!(?:str|int|float|bool|dict|none)$)[a-z_]+")
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from anyio import CancelScope, to_thread
 from fastapi import Request
@@ -26,6 +26,7 @@ DISCONNECT_POLL_SECONDS = 0.5
 
 _LINE_SEPARATORS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
+Logprobs = Iterable[TokenLogprob]
 OutputStream = AsyncIterator[tuple[int, TextDelta]]
 """Pairs of a text's index and its next piece."""
 
@@ -78,18 +79,32 @@ def get_prompt_logprobs(
 
 @dataclass
 class CompletionFormatter:
-    """Formatter of the response to one request, whole or in chunks, with log-probabilities if they were requested."""
+    """Formatter of the response to one request, whole or in chunks, with log-probabilities if they were requested.
+
+    ``extra_fields`` are further fields of the response and of every chunk.
+    """
 
     model: str
     tokenizer: Tokenizer
     include_logprobs: bool
-    id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
+    extra_fields: dict[str, Any] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
 
+    id_prefix: ClassVar[str] = "cmpl"
+    response_object: ClassVar[str] = "text_completion"
+    chunk_object: ClassVar[str] = "text_completion"
+
+    def __post_init__(self) -> None:
+        self.id = f"{self.id_prefix}-{secrets.token_hex(12)}"
+
+    def format_first(self, index: int) -> dict[str, Any] | None:
+        """Return the choice of the chunk that begins a streamed text, if there is one."""
+        return None
+
     def format_choice(
-        self, index: int, text: str, logprobs: Iterable[TokenLogprob] = (), finish_reason: str | None = None
+        self, index: int, text: str, logprobs: Logprobs = (), finish_reason: str | None = None, is_delta: bool = False
     ) -> dict[str, Any]:
-        """Return one choice."""
+        """Return one choice, or with ``is_delta`` the next part of a streamed one."""
         return {
             "index": index,
             "text": text,
@@ -97,16 +112,16 @@ class CompletionFormatter:
             "finish_reason": finish_reason,
         }
 
-    def format_response(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return a response, or a chunk of one."""
-        return {
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-            **({"usage": usage} if usage is not None else {}),
-        }
+    def format_response(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
+        """Return a response."""
+        return {**self._describe(self.response_object), "choices": choices, "usage": usage}
+
+    def format_chunk(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return a chunk of a streamed response."""
+        return {**self._describe(self.chunk_object), "choices": choices, **({"usage": usage} if usage else {})}
+
+    def _describe(self, name: str) -> dict[str, Any]:
+        return {"id": self.id, "object": name, "created": self.created, "model": self.model, **self.extra_fields}
 
     def _format_logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, Any]:
         to_text = partial(format_token, self.tokenizer)

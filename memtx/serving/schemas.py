@@ -93,9 +93,10 @@ class GenerationBody(RequestBody):
     stream: bool | None = False
     stream_options: dict[str, Any] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    user: str | None = None
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> Self:
+    def _check_support(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise invalid_value(
                 "stream_options", "stream_options needs stream; set stream to true or remove stream_options"
@@ -109,7 +110,9 @@ class GenerationBody(RequestBody):
         values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         values["logit_bias"] = {int(token): bias for token, bias in (self.logit_bias or {}).items()}
         # Candidates are compared by their log-probabilities.
-        logprobs = 0 if self.logprobs is None and self.num_candidates > (self.n or 1) else self.logprobs
+        logprobs = self.num_logprobs
+        if logprobs is None and self.num_candidates > (self.n or 1):
+            logprobs = 0
         config = GenerationConfig(
             16 if self.max_tokens is None else self.max_tokens,
             SamplingParams(**values),
@@ -127,6 +130,11 @@ class GenerationBody(RequestBody):
         return self.n or 1
 
     @property
+    def num_logprobs(self) -> int | None:
+        """Number of likely tokens to return with each token; None for no log-probabilities."""
+        return self.logprobs
+
+    @property
     def include_usage(self) -> bool:
         """If True, a stream ends with the usage."""
         return bool((self.stream_options or {}).get("include_usage"))
@@ -140,7 +148,6 @@ class CompletionBody(GenerationBody):
     echo: bool | None = False
     suffix: Text | None = None
     best_of: Annotated[int, Field(ge=1, le=1024)] | None = None
-    user: str | None = None
     parse_special: bool = False
 
     @model_validator(mode="after")

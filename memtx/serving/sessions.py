@@ -46,6 +46,7 @@ def describe_session(pool: SessionPool, session_id: str) -> dict[str, Any]:
         "state_bytes": pool.session_bytes,
         "in_memory": info.in_memory,
         "saved": info.is_saved,
+        "turns": info.num_turns,
     }
 
 

@@ -9,10 +9,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from memtx.checkpoint import pretrained, rng, trainer_state
+from memtx.data.batch import count_limited
 from memtx.errors import CheckpointError, MemtxError
+from memtx.training import averaging, preflight
 from memtx.training.distillation.distillation import Distillation
 from memtx.training.distillation.model_outputs import ModelOutputs
 from memtx.training.fsdp import configure_sharding
@@ -20,8 +24,8 @@ from memtx.training.optimizers import (
     OptimizerFactory,
     SchedulerFactory,
     WarmupCosine,
+    build_optimizer,
     default_optimizer,
-    make_param_groups,
 )
 
 _DISTILLATION_PREFIX = "distillation."
@@ -67,10 +71,20 @@ class BaseModule(pl.LightningModule):
     def restore_rank_states(self, states: Sequence[dict[str, Any]]) -> None:
         """Restore what :meth:`rank_state` returned on each process of the checkpoint; their number may differ."""
 
+    def step_state(self) -> dict[str, Any]:
+        """Return what a training step changes besides weights and random state, without copies of tensors."""
+        return {"tokens_seen": self.tokens_seen}
+
+    def restore_step_state(self, state: dict[str, Any]) -> None:
+        """Go back to what :meth:`step_state` returned."""
+        self.tokens_seen = state["tokens_seen"]
+
     # Steps
 
     def setup(self, stage: str) -> None:
-        """Load the teacher when training begins."""
+        """Check the trainer's options and load the teacher when training begins."""
+        if stage == "fit":
+            preflight.check_numbers(self.trainer)
         if stage == "fit" and self.distillation is not None:
             if self.distillation.uses_cache and self.trainer.world_size > 1:
                 raise MemtxError(
@@ -130,24 +144,57 @@ class BaseModule(pl.LightningModule):
         """Return the optimizer and its schedule."""
         # Computed before the data position is restored: see _compute_total_steps.
         self._total_steps = self._compute_total_steps() if self.distillation is not None else 0
-        optimizer = self.make_optimizer(make_param_groups(self))
-        if self.make_scheduler is None:
+        optimizer = build_optimizer(self.make_optimizer, self)
+        scheduler = None if self.make_scheduler is None else self.make_scheduler(optimizer)
+        logged = {"train_loss", "train_bits_per_byte", *getattr(self, "metrics", ())}
+        preflight.check_monitors(self.trainer, self, logged, scheduler)
+        if scheduler is None:
             return optimizer
-        scheduler = self.make_scheduler(optimizer)
         if isinstance(scheduler, WarmupCosine) and scheduler.total_steps == 0:
             scheduler.total_steps = self._compute_total_steps()
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        if isinstance(scheduler, OneCycleLR) and scheduler.total_steps < (num_steps := self._compute_total_steps()):
+            message = f"model.scheduler: OneCycleLR has {scheduler.total_steps} total_steps, the run {num_steps}."
+            raise MemtxError(message, f"Set its total_steps to {num_steps}.")
+        # Lightning would step a plateau schedule after every batch, with the metric of the last validation.
+        config = {"scheduler": scheduler, "interval": "step", "reduce_on_plateau": False}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step the schedule, except for ``ReduceLROnPlateau``, which is stepped after a validation."""
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            super().lr_scheduler_step(scheduler, metric)
+
+    def _step_plateau_schedule(self) -> None:
+        """Step a ``ReduceLROnPlateau`` with its ``monitor``, by default the loss of validation or training."""
+        if self.trainer.sanity_checking or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        default = "val_loss" if preflight.has_validation(self.trainer) else "train_loss"
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, ReduceLROnPlateau):
+                monitor = getattr(config.scheduler, "monitor", default)
+                config.scheduler.step(self.trainer.callback_metrics[monitor])
+
+    def on_validation_epoch_start(self) -> None:
+        """Validate the average of the weights, if there is one."""
+        averaging.swap_average(self.trainer, self)
+
+    def on_validation_epoch_end(self) -> None:
+        """Step a plateau schedule, and train on."""
+        self._step_plateau_schedule()
+        averaging.swap_average(self.trainer, self)
+
+    def on_train_epoch_end(self) -> None:
+        """Step a plateau schedule if the run does not validate."""
+        if not preflight.has_validation(self.trainer):
+            self._step_plateau_schedule()
 
     def _compute_total_steps(self) -> int:
         # Not trainer.estimated_stepping_batches: it sets up the loaders before the checkpoint's position is restored,
         # which is then lost (Lightning issue 20550).
-        if self.trainer.max_steps > 0:
-            return self.trainer.max_steps
-        if self.datamodule is None or not self.trainer.max_epochs or self.trainer.max_epochs < 0:
-            return 0
-        # An epoch ends with an optimizer step, however few batches were accumulated.
-        batches = len(self.datamodule.train_dataloader())
-        return math.ceil(batches / self.trainer.accumulate_grad_batches) * self.trainer.max_epochs
+        num_batches = math.inf
+        if self.datamodule is not None and (self.trainer.max_epochs or -1) > 0:
+            num_batches = count_limited(len(self.datamodule.train_dataloader()), self.trainer.limit_train_batches)
+        return trainer_state.total_steps(self.trainer, num_batches) or 0
 
     # Checkpoints
 
@@ -166,6 +213,7 @@ class BaseModule(pl.LightningModule):
             # A run cannot resume exactly from the middle of an accumulation.
             "has_stepped": trainer_state.has_stepped(self.trainer),
         }
+        averaging.save_average(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep a checkpoint's states for :meth:`on_train_start`; raises CheckpointError if it is of another model.
@@ -181,6 +229,7 @@ class BaseModule(pl.LightningModule):
             for name in [name for name in weights if name.startswith(_DISTILLATION_PREFIX)]:
                 del weights[name]
         _check_same_model(entry, self.model)
+        averaging.load_trained_weights(self._trainer, checkpoint)
         self.tokens_seen = entry["tokens_seen"]
         self._resume_state = entry
 

@@ -77,6 +77,14 @@ class Carry:
                 mask |= ~leaf.isfinite().flatten(1).all(1)
         self._states[stage] = state.reset(mask)
 
+    def states(self) -> dict[str, MemoryState]:
+        """Return the state of each stage; a state is a value, so this is a snapshot."""
+        return dict(self._states)
+
+    def restore_states(self, states: Mapping[str, MemoryState]) -> None:
+        """Go back to what :meth:`states` returned."""
+        self._states = dict(states)
+
     def nbytes(self, stage: str) -> int:
         """Return the size of the stage's state in bytes."""
         state = self._states.get(stage)
@@ -95,6 +103,7 @@ class Carry:
 
     def load_state_dict(self, stage: str, tensors: Mapping[str, Tensor]) -> None:
         """Restore the stage at the next :meth:`get_state`, which knows the batch size."""
+        self.reset(stage)
         if tensors:
             self._restored_tensors[stage] = dict(tensors)
 

@@ -28,7 +28,7 @@ from memtx.ops.attention.dispatch import use_attention_hook
 from memtx.ops.attention.mask import Visibility, num_visible_pairs
 from memtx.ops.cpu.linear import linear
 from memtx.state import MemoryState
-from memtx.training.optimizers import make_param_groups
+from memtx.training.optimizers import build_optimizer
 
 FAR_POSITION = 1 << 20
 """Position at which operations are counted, so that every memory is full."""
@@ -196,7 +196,7 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
 def optimizer_bytes(model: MemoryTransformer, make_optimizer: Callable[[Any], Optimizer]) -> int:
     """Return the bytes of the optimizer's state; ``make_optimizer`` takes parameter groups."""
     with _fake_tensor_mode():
-        optimizer = make_optimizer(make_param_groups(copy_to_cpu(model)))
+        optimizer = build_optimizer(make_optimizer, copy_to_cpu(model))
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.empty_like(parameter)

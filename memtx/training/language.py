@@ -114,10 +114,12 @@ class LanguageModule(BaseModule):
         batch_size = batch.tokens.shape[0]
         if not self.carries_state or (stage == "train" and self._resets_every_step):
             return self.model.init_state(batch_size)
-        if stage != "train" and batch_idx == 0:
+        overfits = stage == "train" and getattr(self.trainer, "overfit_batches", 0) > 0
+        if batch_idx == 0 and (stage != "train" or overfits):
+            # The trainer repeats the same batches in every epoch: they are to be read from the same state.
             self.carry.reset(stage)
         state = self.carry.get_state(stage, self.model, batch_size)
-        if stage != "train":
+        if stage != "train" or overfits:
             return state
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         return self.state_reset(state, seed=self.tokens_seen, rank=rank, world_size=world_size)
@@ -171,13 +173,25 @@ class LanguageModule(BaseModule):
     def on_validation_epoch_end(self) -> None:
         """Log the gain from memory, in total and by distance."""
         if self.memory_gain is not None:
-            self.log_dict({f"val_{name}": value for name, value in self.memory_gain.compute_and_reset().items()})
+            # The same on all ranks: their mean is that, too.
+            values = {f"val_{name}": value for name, value in self.memory_gain.compute_and_reset().items()}
+            self.log_dict(values, sync_dist=True)
+        super().on_validation_epoch_end()
 
     def on_validation_end(self) -> None:
         """Free the state of validation."""
         self.carry.reset("val")
 
     # Checkpoints
+
+    def step_state(self) -> dict[str, Any]:
+        """Return what a training step changes besides weights and random state, the carried states too."""
+        return {**super().step_state(), "carry": self.carry.states()}
+
+    def restore_step_state(self, state: dict[str, Any]) -> None:
+        """Go back to what :meth:`step_state` returned."""
+        super().restore_step_state(state)
+        self.carry.restore_states(state["carry"])
 
     def rank_state(self) -> dict[str, Any]:
         """Return the carried states."""

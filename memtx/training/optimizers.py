@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import LBFGS, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from memtx.errors import MemtxError
+from memtx.training.muon import add_adamw
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -29,6 +31,19 @@ def make_param_groups(model: nn.Module) -> list[dict[str, Any]]:
         {"params": [parameter for parameter in trainable if parameter.dim() < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def build_optimizer(make_optimizer: OptimizerFactory, model: nn.Module) -> Optimizer:
+    """Return the optimizer of a model's parameters; ``torch.optim.Muon`` is given an AdamW for those it cannot take."""
+    # Of one matrix, which every optimizer takes.
+    kind = make_optimizer([{"params": [nn.Parameter(torch.zeros(1, 1))]}])
+    if isinstance(kind, LBFGS):
+        reason = "torch.optim.LBFGS reads a batch several times per step, and the memory would advance every time."
+        raise MemtxError(reason, "Choose another model.optimizer, such as torch.optim.AdamW or torch.optim.Muon.")
+    groups = make_param_groups(model)
+    if isinstance(kind, Muon):
+        return add_adamw(cast(Callable[[Any], Muon], make_optimizer), model, groups)
+    return make_optimizer(groups)
 
 
 _CONFIG_KEYS = ("warmup_steps", "total_steps", "min_lr_ratio")

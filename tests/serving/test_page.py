@@ -76,12 +76,27 @@ Call me Ishmael.
 """
 
 
-@pytest.mark.parametrize("size", [(1200, 900), (360, 740)])
-def test_characters_of_every_script_are_shaded_as_readers_see_them(
-    browser: Any, server: Server, size: tuple[int, int]
-) -> None:
+@pytest.fixture(scope="module")
+def chat_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    pytest.importorskip("openai", reason="the package 'openai' is not installed")
+    from tests.inference.test_chat_template import CHATML
+    from tests.serving.test_chat import folder_of
+
+    workdir = tmp_path_factory.mktemp("chat")
+    folder_of(workdir / "model", CHATML)
+    server = Server(workdir)
+    yield server
+    server.end()
+
+
+@pytest.mark.parametrize("size", [(1400, 900), (360, 740)])
+def test_a_conversation_is_held_beside_the_text(browser: Any, chat_server: Server, size: tuple[int, int]) -> None:
     page = browser.new_page(viewport={"width": size[0], "height": size[1]})
-    page.goto(server.address)
+    messages: list[str] = []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.goto(chat_server.address)
+    assert page.locator("#about-text").is_disabled()
     page.locator("#book").fill(SCRIPTS)
     page.locator("#read").click()
     page.get_by_text("Generate a continuation, or read another text.").wait_for(timeout=20_000)
@@ -90,4 +105,33 @@ def test_characters_of_every_script_are_shaded_as_readers_see_them(
     for character in ("海", "👩‍👩‍👧‍👦", "🏳️‍🌈", "e\u0301", "ש", "م"):
         assert any(character in part for part in shaded), f"{character} is in one piece"
     assert all("\ufffd" not in part for part in shaded)
+    page.locator("#max-tokens").fill("24")
+    page.locator("#about-text").check()
+    for number, question in enumerate(("Who speaks?", "מה שלומך? 海", "And then?"), start=1):
+        page.locator("#message").fill(question)
+        page.locator("#message").press("Enter")
+        page.locator("#send:enabled").wait_for(timeout=20_000)
+        assert page.locator("#chat-status").inner_text() == ""
+        assert page.locator(".message").count() == 2 * number
+        assert len(page.locator(".message.assistant").last.inner_text()) > 5
+    assert int(page.locator("#chat-cached").inner_text().removesuffix("%")) > 50
+    assert "KiB" in page.locator("#chat-state").inner_text()
+    assert page.evaluate("getComputedStyle(document.querySelectorAll('.message.user')[1]).direction") == "rtl"
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+    if shots := os.environ.get("MEMTX_SCREENSHOTS"):
+        page.screenshot(path=str(Path(shots) / f"chat-{size[0]}.png"), full_page=True)
+    page.locator("#new-chat").click()
+    assert page.locator(".message").count() == 0
+    page.close()
+    assert not messages
+
+
+def test_a_model_without_a_template_says_so_on_the_page(browser: Any, server: Server) -> None:
+    page = browser.new_page()
+    page.goto(server.address)
+    page.locator("#message").fill("Who?")
+    page.locator("#send").click()
+    page.get_by_text("has no chat template").wait_for(timeout=20_000)
+    assert page.locator(".message").count() == 0
+    assert page.locator("#message").input_value() == "Who?"
     page.close()

@@ -11,7 +11,15 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from memtx.class_config import to_config
-from memtx.data.batch import IGNORE_INDEX, Batch, FixedBatches, ResumableBatches, check_options, rank_and_world_size
+from memtx.data.batch import (
+    IGNORE_INDEX,
+    Batch,
+    FixedBatches,
+    ResumableBatches,
+    check_options,
+    limit_epochs,
+    rank_and_world_size,
+)
 from memtx.data.synthetic_tasks.base import SyntheticTask
 from memtx.errors import CheckpointError, DataError
 
@@ -96,6 +104,7 @@ class SyntheticDataModule(LightningDataModule):
         """Return this rank's batches from the position on."""
         rank, _ = rank_and_world_size(self.trainer)
         batches = SyntheticBatches(self.task, self.batch_size, self.num_segments, self.seed, self.steps_per_epoch, rank)
+        limit_epochs(batches, self.trainer)
         batches.position = self._position if self._batches is None else self._batches.position
         self._batches = batches
         return batches

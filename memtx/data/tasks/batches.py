@@ -76,7 +76,8 @@ class TrainingBatches(Generic[B]):
 
     Resumed with another batch size or world size, what is left of the pass is assigned to these. Windows that do not
     make a batch for each rank are left out at the end of a pass, so each rank gets the same number of batches.
-    ``collate_fn`` makes a batch from windows.
+    ``collate_fn`` makes a batch from windows. With ``repeats``, the first ``steps_per_epoch`` batches are read again
+    and again.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class TrainingBatches(Generic[B]):
         self.windows, self.batch_size, self.collate_fn, self.seed = windows, batch_size, collate_fn, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = self.position = 0
+        self.steps_per_epoch, self.repeats = len(self), False
         # Earlier batches of this pass: their size, the number of ranks, and how many batches each rank read.
         self._assignments: list[tuple[int, int, int]] = []
 
@@ -126,11 +128,12 @@ class TrainingBatches(Generic[B]):
         return (batches[self.rank :: self.world_size] or batches[:1])[:count]
 
     def __iter__(self) -> Iterator[B]:
-        if self.position >= len(self):
+        stop = self.steps_per_epoch if self.repeats else len(self)
+        if self.position >= stop:
             # Not after the last batch: a loop that counts batches does not ask for the end.
-            self.epoch, self.position, self._assignments = self.epoch + 1, 0, []
+            self.epoch, self.position, self._assignments = self.epoch + (not self.repeats), 0, []
         batches = self._rank_batches()
-        while self.position < len(self):
+        while self.position < stop:
             # The rest of a pass ends where the pass does.
             indices = batches[self.position - len(self)]
             # Before the yield: a checkpoint written after this batch's step must count it.

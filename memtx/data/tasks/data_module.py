@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
-from memtx.data.batch import check_options, rank_and_world_size
+from memtx.data.batch import check_options, limit_epochs, rank_and_world_size
 from memtx.data.hf_tokenizers import HFTokenizer, WordPieceTokenizer
 from memtx.data.tasks.base import EncodedExample, PreparedExample, Task, task_to_json
 from memtx.data.tasks.batches import EvaluationBatches, TaskBatch, TrainingBatches, collate
@@ -97,18 +97,20 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
     def setup(self, stage: str | None = None) -> None:
         """Read what the stage needs; a fit begins at the start of the data unless a checkpoint is restored."""
         for split in {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage or "", ("test",)):
-            if split != "validation" or stage != "fit" or self._has_validation():
+            if split != "validation" or stage != "fit" or self.has_split("validation"):
                 self.encoded_examples(split)
         if stage == "fit":
             self._batches = self._restored_position = None
 
-    def _has_validation(self) -> bool:
-        return self.root is not None and find_split(Path(self.root).expanduser(), "validation") is not None
+    def has_split(self, split: str) -> bool:
+        """Return whether there are examples of a split."""
+        return self.root is not None and find_split(Path(self.root).expanduser(), split) is not None
 
     def train_dataloader(self) -> TrainingBatches[B]:
         """Return this rank's batches from the position on."""
         windows, ranks = self._training_windows(), rank_and_world_size(self.trainer)
         batches = TrainingBatches(windows, self.batch_size, self._collate, self.seed, *ranks)
+        limit_epochs(batches, self.trainer)
         if self._batches is not None:  # called again within a run
             batches.load_state_dict(self._batches.state_dict())
         elif self._restored_position is not None:
@@ -118,7 +120,7 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
 
     def val_dataloader(self) -> Any:
         """Return the validation examples; an empty list if there are none."""
-        if not self._has_validation():
+        if not self.has_split("validation"):
             rank_zero_info(f"'{self.root}' has no validation.jsonl, so there is no validation.")
             return []
         return self._evaluation_batches("validation")

@@ -165,7 +165,7 @@ class SessionPool:
     def generate_and_append(
         self,
         session_id: str,
-        prompt: str,
+        prompt: str | Callable[[int, int], list[int]],
         config: GenerationConfig,
         *,
         save: bool = False,
@@ -175,20 +175,36 @@ class SessionPool:
         """Generate a continuation of a session and append prompt and continuation to it.
 
         The session is locked until the iterator ends; if iteration stops early, it is left unchanged. ``on_start`` is
-        called with the generation before the first part of the text.
+        called with the generation before the first part of the text. In a conversation, ``prompt`` returns the tokens
+        to answer, given the numbers of answers and of tokens before them, and ``config`` requests log-probabilities,
+        which name the tokens of the answer.
         """
         with self.registry.acquire(session_id, deadline) as (session, reader):
-            (generation,) = self._generate_from_prompt(self._fork(reader, deadline), prompt, [config], deadline)
+            fork, content = self._fork(reader, deadline), prompt if isinstance(prompt, str) else list[int]()
+            if not isinstance(prompt, str):
+                fork.splits_documents = False
+                list(fork.finish())
+                content = prompt(session.info.num_turns, fork.totals.num_tokens)
+                fork.begin_with(content)
+                # The session goes on from its text, so its conversation begins no document.
+                if fork.totals.num_tokens and content[:1] == [self.tokenizer.bos_token_id]:
+                    content = content[1:]
+            source = self._fork(fork, deadline)
+            (generation,) = self._generate_from_prompt(source, content, [config], deadline)
             if on_start is not None:
                 on_start(generation)
-            parts = []
+            parts, answer = list[str](), list[int]()
             for delta in generation:
                 parts.append(delta.text)
+                answer += [entry.token for entry in delta.token_logprobs]
                 yield delta
-            fork = self._fork(reader, deadline)
-            for _ in fork.feed(prompt + "".join(parts)):
-                pass
-            self.registry.update(session, fork, save=save)
+            if isinstance(content, str):
+                list(fork.feed(content + "".join(parts)))
+            else:
+                list(chain(source.feed_tokens(answer), source.finish()))
+                fork = source
+            fork.splits_documents = True
+            self.registry.update(session, fork, save=save, num_new_turns=int(not isinstance(content, str)))
 
     def start_generation(
         self,
@@ -213,7 +229,8 @@ class SessionPool:
 
     def fork(self, session_id: str, *, deadline: float | None = None) -> str:
         """Create a session at the position of another and return its id; raises SessionLimitError."""
-        return self.registry.add(self.fork_reader(session_id, deadline=deadline))
+        fork = self.fork_reader(session_id, deadline=deadline)
+        return self.registry.add(fork, self.info(session_id).num_turns)
 
     def save(self, session_id: str, *, deadline: float | None = None) -> None:
         """Write a session to disk; raises MemtxError if the pool has no folder or the file cannot be written."""
@@ -248,7 +265,7 @@ class SessionPool:
         self.registry.close()
 
     def _generate_from_prompt(
-        self, reader: StreamReader, prompt: str, configs: Iterable[GenerationConfig], deadline: float | None
+        self, reader: StreamReader, prompt: str | list[int], configs: Iterable[GenerationConfig], deadline: float | None
     ) -> list[Generation]:
         tokens = self.read_prompt(reader, prompt, deadline=deadline).tokens
         return self.start_generation(reader, np.unique(tokens).tolist(), configs, deadline=deadline)

@@ -34,6 +34,7 @@ class SessionInfo:
     """Description of a session, as of its last request.
 
     ``session_id`` has 32 hexadecimal digits, ``created`` is in Unix seconds, ``is_saved`` if its file is current.
+    ``num_turns`` counts the answers of the model in a conversation.
     """
 
     session_id: str
@@ -41,6 +42,7 @@ class SessionInfo:
     totals: Totals
     in_memory: bool
     is_saved: bool
+    num_turns: int = 0
 
 
 @dataclass
@@ -75,7 +77,9 @@ class SessionRegistry:
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         for session_id, totals, metadata in store.iter_sessions() if store is not None else ():
             created = metadata["created"] if isinstance(metadata.get("created"), float) else 0.0
-            self._sessions[session_id] = Session(SessionInfo(session_id, created, totals, False, True), None)
+            num_turns = turns if type(turns := metadata.get("turns")) is int else 0
+            info = SessionInfo(session_id, created, totals, False, True, num_turns)
+            self._sessions[session_id] = Session(info, None)
 
     @property
     def store(self) -> SessionStore:
@@ -108,10 +112,10 @@ class SessionRegistry:
         if len(self._sessions) >= self.max_sessions:
             raise SessionLimitError(f"Session limit reached ({self.max_sessions}).", "Delete a session or retry later.")
 
-    def add(self, reader: StreamReader) -> str:
+    def add(self, reader: StreamReader, num_turns: int = 0) -> str:
         """Add a session at the position of a reader and return its id; raises SessionLimitError."""
         session_id = secrets.token_hex(16)
-        info = SessionInfo(session_id, time.time(), reader.totals, True, False)
+        info = SessionInfo(session_id, time.time(), reader.totals, True, False, num_turns)
         with self._lock:
             self.check_limit()
             self._sessions[session_id] = Session(info, reader)
@@ -138,12 +142,13 @@ class SessionRegistry:
             yield session, reader
         self._evict_idle()
 
-    def update(self, session: Session, reader: StreamReader, *, save: bool) -> None:
+    def update(self, session: Session, reader: StreamReader, *, save: bool, num_new_turns: int = 0) -> None:
         """Move a session that the caller holds to the position of ``reader``; if ``save``, write its file first."""
+        num_turns = session.info.num_turns + num_new_turns
+        info = replace(session.info, totals=reader.totals, is_saved=save, num_turns=num_turns)
         if save:
-            self.store.save(session.info.session_id, reader, {"created": session.info.created})
-        session.reader = reader
-        session.info = replace(session.info, totals=reader.totals, is_saved=save)
+            self.store.save(info.session_id, reader, {"created": info.created, "turns": info.num_turns})
+        session.reader, session.info = reader, info
 
     def delete(self, session_id: str, deadline: float | None = None) -> None:
         """Remove a session and its file, even if damaged; otherwise raises like :meth:`acquire`."""

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.utilities import rank_zero_info
 
 from memtx.checkpoint import trainer_state
+from memtx.checkpoint.training import find_best_checkpoint
 from memtx.training import slurm
 
 INTERRUPT_EXIT_CODE = 130
@@ -68,7 +69,9 @@ class StopOnInterrupt(pl.Callback):
         if not trainer.strategy.reduce_boolean_decision(self._stop_requested, all=False):
             return
         callback = trainer.checkpoint_callback
-        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+        if (best_checkpoint := find_best_checkpoint(trainer)) is not None:
+            best_checkpoint.save_now(trainer)
+        elif isinstance(callback, ModelCheckpoint) and callback.dirpath:
             trainer.save_checkpoint(Path(callback.dirpath) / f"{callback.CHECKPOINT_NAME_LAST}.ckpt")
         if trainer_state.will_validate(trainer):
             return  # The run would lack its metrics; stop after the next step.

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from memtx.checkpoint import recovery, trainer_state
+from memtx.checkpoint.training import find_best_checkpoint
 from memtx.errors import CheckpointError, MemtxError, check_at_least, check_positive
 from memtx.training.carry import get_carry
 from memtx.training.fsdp import FullyShardedStrategy
@@ -123,7 +124,7 @@ def loss_upper_bound(losses: Sequence[float], factor: float) -> float:
 
 
 def _find_checkpoint_before(trainer: pl.Trainer, max_step: int) -> recovery.RecoveredCheckpoint | None:
-    callback = trainer.checkpoint_callback
+    callback = find_best_checkpoint(trainer) or trainer.checkpoint_callback
     if not isinstance(callback, ModelCheckpoint) or not callback.dirpath:
         return None
     # Waits for checkpoints that are written in the background.

@@ -141,18 +141,25 @@ class ClosedGateMonitor(pl.Callback):
 
 
 class UnusedMemoryWarning(pl.Callback):
-    """Warns on stderr after a validation that memory did not improve; needs ``measure_memory_gain``."""
+    """Warns once if memory improved none of 5 validations in the second half of a run with ``measure_memory_gain``."""
+
+    def __init__(self) -> None:
+        self._num_without_gain = 0
+        self._warned = False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compare ``val_memory_gain`` with the smallest gain that counts."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         gain = float(trainer.callback_metrics.get("val_memory_gain", math.nan))
-        if math.isnan(gain) or gain >= MIN_GAIN:
+        self._num_without_gain = self._num_without_gain + 1 if gain < MIN_GAIN else 0
+        is_early = trainer.global_step < (trainer_state.total_steps(trainer) or 0) / 2
+        if self._num_without_gain < NUM_CHECKS or is_early or self._warned:
             return
+        self._warned = True
         change = f"{-gain:.4f} better" if gain < 0 else f"only {gain:.4f} worse"
         trainer_state.write_status(
             trainer,
-            f"The memory is not used: cleared at every segment, validation is {change} in bits per byte. Shorter "
-            "segments, more bptt_segments or more steps may help.",
+            f"The memory is not used: cleared at every segment, the last {self._num_without_gain} validations are no "
+            f"worse, this one {change} in bits per byte. Shorter segments, more bptt_segments or more steps may help.",
         )

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -101,6 +102,12 @@ class PlainProgress(pl.Callback):
             return
         self._write_line(trainer, "  validation" + _format_metrics(trainer.callback_metrics, _VAL_METRICS))
         self._last_time, self._num_tokens = self._clock(), 0
+
+
+def count_steps_only(bar: Any, options: Mapping[str, Any]) -> None:
+    """Keep Lightning's rich bar from describing a run without a number of epochs as "Epoch 0/-2"."""
+    if type(bar) is RichProgressBar and options.get("max_epochs") in (None, -1) and options.get("max_steps") != -1:
+        bar._get_train_description = partial("Epoch {}".format)  # type: ignore[method-assign]
 
 
 class StepProgressBar(RichProgressBar):
