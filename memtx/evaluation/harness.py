@@ -22,6 +22,7 @@ from memtx import files
 from memtx.checkpoint.load import load_model_and_tokenizer
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import MemtxError
+from memtx.inference.chat_template import ChatTemplate, load_chat_template
 from memtx.inference.generate import GenerationConfig
 from memtx.inference.reader import StreamReader
 from memtx.inference.sampling import SamplingParams
@@ -58,7 +59,9 @@ class HarnessModel(LM):  # type: ignore[misc]
         super().__init__()
         model, self.tokenizer = load_model_and_tokenizer(pretrained, window)
         model.to(device=device or "cpu", dtype=getattr(torch, dtype) if dtype else None)
-        self._prefix_token = _find_prefix_token(Path(pretrained), self.tokenizer)
+        folder = Path(pretrained)
+        self._template = load_chat_template(folder) if folder.is_dir() else None
+        self._prefix_token = _find_prefix_token(folder, self.tokenizer)
         self.max_gen_toks = options.pop("max_gen_toks", 256)
         # The harness gives batch sizes; requests are batched as they come.
         options = {name: value for name, value in options.items() if "batch_size" not in name}
@@ -83,6 +86,24 @@ class HarnessModel(LM):  # type: ignore[misc]
         """Return a continuation of each context, up to the first string of ``until``."""
         return self._map("generate_until", self._generate, requests)
 
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return the prompt of a conversation, as the folder's template renders it."""
+        return self._require_template().render(chat_history, add_generation_prompt=add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Return the template for the harness's record."""
+        return self._require_template().templates["default"] if chat_template else ""
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name for the harness's cache of requests."""
+        return f"memtx-{self.tokenizer.fingerprint}"
+
+    def _require_template(self) -> ChatTemplate:
+        if self._template is None:
+            raise MemtxError("The model has no chat template.", "Remove --apply_chat_template.")
+        return self._template
+
     def _encode(self, text: str) -> NDArray[np.int64]:
         return np.asarray(self.tokenizer.encode(text, parse_special=True), dtype=np.int64)
 
@@ -102,7 +123,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         tokens = self._encode(text)[len(context_tokens) :].tolist()
         results = [*reader.feed_tokens(tokens), *reader.finish(discard_state=True)]
         greedy = [result.top_tokens[:, 0] for result in results if result.top_tokens is not None]
-        is_greedy = np.array_equal(np.concatenate(greedy or [[]]), tokens)
+        is_greedy = not tokens or np.array_equal(np.concatenate(greedy), tokens)
         return -sum(float(result.nll.sum(dtype=np.float64)) for result in results), is_greedy
 
     def _score_text(self, text: str) -> float:

@@ -113,9 +113,26 @@ def test_texts_are_generated_up_to_a_stop_string(model: Any, folder: Path) -> No
 def test_mistakes_name_the_option(model: Any) -> None:
     with pytest.raises(MemtxError, match="'num_beams' is not supported"):
         model.generate_until(requests(("x", {"num_beams": 4})))
+    with pytest.raises(MemtxError, match="no chat template"):
+        model.apply_chat_template([{"role": "user", "content": "x"}])
 
 
 def test_the_dtype_is_the_given_one(harness: ModuleType, folder: Path) -> None:
     lm = harness.HarnessModel(str(folder), dtype="float64")
     assert next(lm.pool.model.parameters()).dtype == torch.float64
+    lm.pool.close()
+    assert lm.tokenizer_name.startswith("memtx-")
+
+
+def test_the_template_of_the_folder_is_applied(harness: ModuleType, folder: Path) -> None:
+    pytest.importorskip("jinja2", reason="the package 'jinja2' is not installed")
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    lm = harness.HarnessModel(str(folder))
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    assert lm.apply_chat_template(messages[:1]) == "[user]x[a]"
+    assert lm.apply_chat_template(messages, add_generation_prompt=False) == "[user]x[assistant]y"
+    assert lm.chat_template(True) == template
     lm.pool.close()
