@@ -45,9 +45,7 @@ ENCODERS = {
     "distilbert": "memtx.hf.bert:build_distilbert",
     "longformer": "memtx.hf.sparse_encoders:build_longformer",
     "reformer": "memtx.hf.reformer:build",
-    "roberta": "memtx.hf.bert:build_roberta",
-    "xlm-roberta": "memtx.hf.bert:build_roberta",
-    "camembert": "memtx.hf.bert:build_roberta",
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), "memtx.hf.bert:build_roberta"),
     "transfo-xl": "memtx.hf.transformer_xl:build",
 }
 DECODERS = {
@@ -133,26 +131,6 @@ def _select_text_part(hf_checkpoint: HFCheckpoint) -> HFCheckpoint:
     tied = {key: value for key, value in hf_checkpoint.config.items() if key == "tie_word_embeddings"}
     logger.warning("'%s' reads text and images; only its text part is used.", hf_checkpoint.path)
     return replace(hf_checkpoint, config={**tied, **text_config, "model_type": part})
-
-
-def _reject_quantized(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if the weights of a folder are quantized, by config.json or a file of a quantizer."""
-    nested = config.get("text_config")
-    for values in (config, nested if isinstance(nested, Mapping) else {}):
-        for key in ("quantization_config", "compression_config"):
-            if isinstance(quantization := values.get(key), Mapping) and quantization:
-                method = quantization.get("quant_method") or quantization.get("format") or "unknown"
-                _raise_quantized(folder, f"config.json has {key} with quant_method '{method}'")
-            elif quantization:
-                _raise_quantized(folder, f"config.json has {key}")
-    for name in QUANTIZER_FILES:
-        if (folder / name).is_file():
-            _raise_quantized(folder, f"it has {name} in place of a quantization_config")
-
-
-def _raise_quantized(folder: Path, reason: str) -> None:
-    message = f"'{folder}' holds quantized weights: {reason}."
-    raise CheckpointError(message, "Give the original folder, in bfloat16, float16 or float32.")
 
 
 @dataclass(frozen=True)
