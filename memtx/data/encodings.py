@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterable, Iterator
 
 from memtx.errors import DataError
@@ -22,22 +23,30 @@ _CHINESE = "的一是不了在人有我他中大上到就出可也，。"  # noq
 _SIMPLIFIED, _TRADITIONAL = _CHINESE + "这来个们说时会", _CHINESE + "這來個們說時會"
 _KANA = "のにはをたがでてとしれさいるなかもこうっまよ、。"
 _HANGUL = "이다는의에가을를로고하은지도한서니아나"
-_CYRILLIC = "оеаинтсрвлкмдпу"
+_CYRILLIC, _GREEK, _HEBREW = "оеаинтсрвлкмдпу", "αοιετσνηυρπκμλςά", "יולהאמרשתבנכםד"
+_POLISH, _CZECH = "ąćęłńóśźżĄĆĘŁŃÓŚŹŻ", "áčďéěíňóřšťúůýžÁČĎÉĚÍŇÓŘŠŤÚŮÝŽ"
 _LATIN = "éèêëàâäáãåæçñìíîïòóôöõøùúûüýßÉÖÜÄÅÆØ°§«»¿¡"
-# Name for iconv -> characters that are common in its texts.
-_COMMON_CHARACTERS = {
-    "GB18030": _SIMPLIFIED,
-    "BIG5": _TRADITIONAL,
-    "SHIFT_JIS": _KANA,
-    "EUC-JP": _KANA,
-    "EUC-KR": _HANGUL,
-    "UTF-16LE": _SIMPLIFIED + _TRADITIONAL + _KANA + _HANGUL,
-    "UTF-16BE": _SIMPLIFIED + _TRADITIONAL + _KANA + _HANGUL,
-    "WINDOWS-1251": _CYRILLIC,
-    "KOI8-R": _CYRILLIC,
-    "LATIN1": _LATIN,
-    "WINDOWS-1252": _LATIN + "’‘“”–—…€œ",  # noqa: RUF001
-}
+# Names for iconv, and characters that are common in their texts.
+_COMMON_CHARACTERS = [
+    ("GB18030", _SIMPLIFIED),
+    ("BIG5", _TRADITIONAL),
+    ("SHIFT_JIS", _KANA),
+    ("EUC-JP", _KANA),
+    ("EUC-KR", _HANGUL),
+    ("UTF-16LE", _SIMPLIFIED + _TRADITIONAL + _KANA + _HANGUL),
+    ("UTF-16BE", _SIMPLIFIED + _TRADITIONAL + _KANA + _HANGUL),
+    ("WINDOWS-1251", _CYRILLIC),
+    ("KOI8-R", _CYRILLIC),
+    ("CP866", _CYRILLIC),
+    ("WINDOWS-1253", _GREEK),
+    ("WINDOWS-1255", _HEBREW),
+    ("LATIN1", _LATIN),
+    ("WINDOWS-1252", _LATIN + "’‘“”–—…€œ"),  # noqa: RUF001
+    ("WINDOWS-1250", _POLISH),
+    ("WINDOWS-1250", _CZECH),
+    ("ISO-8859-2", _POLISH),
+    ("ISO-8859-2", _CZECH),
+]
 
 
 class Utf8Decoder:
@@ -111,10 +120,15 @@ def guess_encoding(sample: bytes, *, is_start: bool) -> str | None:
         name = "UTF-16LE" if num_high > num_low else "UTF-16BE"
         text = sample[: len(sample) // 2 * 2].decode(name, "ignore")
         num_printable = sum(letter.isprintable() or letter.isspace() for letter in text)
-        return name if max(num_low, num_high) > 0.9 * zeros and num_printable > 0.95 * (len(sample) // 2) else None
-    shares = {name: _share_of_common(sample, name, common) for name, common in _COMMON_CHARACTERS.items()}
-    best = max(shares, key=lambda name: shares[name])
-    return best if shares[best] > 0 else None
+        if max(num_low, num_high) > 0.9 * zeros and num_printable > 0.95 * (len(sample) // 2):
+            return name
+    shares = [
+        (_share_of_common(sample, name, common), name)
+        for name, common in _COMMON_CHARACTERS
+        if not zeros or name.startswith("UTF-16")  # also of some Chinese characters a byte is zero
+    ]
+    share, name = max(shares, key=lambda pair: pair[0])
+    return name if share > 0 else None
 
 
 def _share_of_common(sample: bytes, encoding: str, common: str) -> float:
@@ -126,10 +140,14 @@ def _share_of_common(sample: bytes, encoding: str, common: str) -> float:
         return 0.0
     others = [letter for letter in text if letter > "\x7f"]
     num_ascii = sum(letter.isascii() and letter.isalpha() for letter in text)
-    if any("\x80" <= letter < "\xa0" for letter in others) or ("é" in common and len(others) > num_ascii / 2):
-        return 0.0  # control characters; or more accents than a Western language has
+    is_latin = "ó" in common
+    is_alphabet = is_latin or common in (_CYRILLIC, _GREEK, _HEBREW)
+    # Accents stand beside other letters and are fewer; letters of another alphabet stand beside each other.
+    num_mixed = len(re.findall(r"[a-zA-Z](?=[^\x00-\x7f])|[^\x00-\x7f](?=[a-zA-Z])", text))
+    is_unlikely = len(others) > num_ascii / 2 if is_latin else is_alphabet and num_mixed > len(others) / 4
+    if any("\x80" <= letter < "\xa0" for letter in others) or is_unlikely or (len(others) < 4 and not is_latin):
+        return 0.0
     share = sum(letter in common for letter in others) / max(1, len(others))
-    is_alphabet = common == _CYRILLIC or "é" in common
     return share if share >= (MIN_ALPHABET_SHARE if is_alphabet else MIN_SHARE) else 0.0
 
 

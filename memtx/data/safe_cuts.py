@@ -40,6 +40,7 @@ _PROBE_PARTS += [
     "e\u0301",
     "\u2581",
 ]
+_PROBE_PARTS += [f"\u4e2d{stop}\u4e2d" for stop in _CJK_STOPS]
 # Contexts before a chunk that begins with any character, if the tokenizer does not split words.
 _LEFT_CONTEXTS = ["a", "\n", "z", "0", " ", "Q", "~", "é", "中"]
 # Components that treat each character alone.

@@ -55,7 +55,24 @@ TEXTS = {
         ("euc_jp", "EUC-JP"),
     ],
     "나는 학교에 갑니다. 이것은 한국어로 된 글이며 사람들이 읽는 책이다.": [("euc_kr", "EUC-KR")],
-    "Все счастливые семьи похожи друг на друга.": [("cp1251", "WINDOWS-1251"), ("koi8-r", "KOI8-R")],
+    "Все счастливые семьи похожи друг на друга.": [
+        ("cp1251", "WINDOWS-1251"),
+        ("koi8-r", "KOI8-R"),
+        ("cp866", "CP866"),
+    ],
+    "一个人在中国，一天。\n": [("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE")],
+    "Święta były długie i ciężkie, a książki ciekawe jak zawsze.": [
+        ("cp1250", "WINDOWS-1250"),
+        ("iso8859-2", "ISO-8859-2"),
+    ],
+    "Všichni lidé se rodí svobodní a sobě rovní co do důstojnosti a práv.": [
+        ("cp1250", "WINDOWS-1250"),
+        ("iso8859-2", "ISO-8859-2"),
+    ],
+    "Διαβάζουμε βιβλία και γράφουμε γράμματα.": [("cp1253", "WINDOWS-1253")],
+    "אנחנו קוראים ספרים והם כותבים מכתבים.": [("cp1255", "WINDOWS-1255")],
+    "Die Größe der Straße überraschte; schöne Grüße aus München.": [("latin1", "LATIN1")],
+    "Où êtes-vous né? Là-bas, près de la forêt, après l'été; ça va, père.": [("latin1", "LATIN1")],
     "Longtemps, je me suis couché de bonne heure. À peine ma bougie éteinte.": [("latin1", "LATIN1")],
     "“It’s a truth universally acknowledged” – said he…": [
         ("cp1252", "WINDOWS-1252"),

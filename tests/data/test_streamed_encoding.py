@@ -145,6 +145,10 @@ def test_a_tokenizer_whose_ids_depend_on_the_whole_text_is_refused() -> None:
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]{1,10}"), "isolated")
     with pytest.raises(DataError, match="cannot be encoded in parts"):
         BytePairTokenizer.from_backend_json(backend.to_str(), 0)
+    backend = Backend.from_str(backend_json("metaspace-never"))
+    backend.pre_tokenizer = pre_tokenizers.Punctuation("merged_with_previous")
+    with pytest.raises(DataError, match="cannot be encoded in parts"):
+        BytePairTokenizer.from_backend_json(backend.to_str(), 0)
     backend = Backend.from_str(backend_json("llama3"))
     backend.decoder = decoders.CTC()
     with pytest.raises(DataError, match=r"decoder \(CTC\)"):

@@ -130,7 +130,7 @@ def list_files(path_or_url: str, seen: set[str] | None = None) -> Listing:
     for protocol in ("file://", "local://"):
         path = path.removeprefix(protocol)
     with convert_errors(f"'{path_or_url}' could not be listed"):
-        if path.lower().endswith(".zip") and "::" not in path:
+        if path.lower().endswith(".zip") and "::" not in path and not Path(path).expanduser().is_dir():
             _list_remote(f"zip://::{path}", listing)
         elif "://" in path:
             _list_remote(path, listing)

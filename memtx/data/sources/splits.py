@@ -16,7 +16,8 @@ SPLIT_HINT = "Name a file or folder train, validation (valid, val, dev, eval) or
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tokens", ".raw")
 TABLE_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
-_ALIAS = re.compile(rf"({'|'.join(sorted(SPLIT_ALIASES, key=len, reverse=True))})\d*")
+# Also train2017, testset.
+_ALIAS = re.compile(rf"({'|'.join(sorted(SPLIT_ALIASES, key=len, reverse=True))})(set|data)?\d*")
 # Numbers and checksums of shards, as in train-00000-of-00003-8f1d2c33ab45.parquet.
 _SHARD = re.compile(r"\d+|of|part|shard|chunk|split|(?=[a-f]*\d)[0-9a-f]{8,}")
 
@@ -29,7 +30,7 @@ def parse_name(name: str) -> tuple[str, Template] | None:
     The words are in lower case, without the ending and the numbers of shards: ``wiki.train.tokens`` is
     ``("train", ("wiki", ""))``, ``train-00000-of-00003.txt`` is ``("train", ("",))``.
     """
-    stem = name.lower()
+    stem = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", name).lower()  # trainData
     while (suffix := PurePosixPath(stem).suffix) in (*TEXT_SUFFIXES, *TABLE_SUFFIXES):
         stem = stem.removesuffix(suffix)
     words = [word for word in re.split(r"[\W_]+", stem) if word and not _SHARD.fullmatch(word)]
@@ -44,7 +45,8 @@ def infer_splits(names: Sequence[str]) -> list[str | None]:
     """Return the split that each path names, outer folders first, or None.
 
     A name with other words, such as ``the-acid-test.txt``, counts only beside the same words with another split
-    (``wiki.train.tokens`` and ``wiki.test.tokens``) or a name without other words (``train.txt``).
+    (``wiki.train.tokens`` and ``wiki.test.tokens``), or as many words around those (``en.train.txt`` beside them), or a
+    name without other words (``train.txt``).
 
     Args:
         names: Paths with ``/`` below the given folder, without the endings of compressions.
@@ -55,7 +57,12 @@ def infer_splits(names: Sequence[str]) -> list[str | None]:
         splits_by_template.setdefault(template, set()).add(split)
     is_layout = ("",) in splits_by_template
 
+    def shape(template: Template) -> tuple[int, int]:
+        return len(template), template.index("")
+
+    shapes = {shape(template) for template, splits in splits_by_template.items() if len(splits) > 1}
+
     def counts(template: Template) -> bool:
-        return is_layout or len(splits_by_template[template]) > 1
+        return is_layout or shape(template) in shapes
 
     return [next((split for split, template in results if counts(template)), None) for results in parsed]

@@ -194,7 +194,7 @@ def test_readme_hidden_and_copied_files_are_no_books(tmp_path: Path) -> None:
         open_corpus(write(tmp_path / "none", ".a.txt", "COPYING"))
 
 
-@pytest.mark.parametrize("name", ["books [v1]", "b*oks?", "a::b", "ünï çode", "x.zip.d", "50%"])
+@pytest.mark.parametrize("name", ["books [v1]", "b*oks?", "a::b", "ünï çode", "x.zip", "50%"])
 def test_existing_paths_are_no_patterns(name: str, tmp_path: Path) -> None:
     root = write(tmp_path / name, "train/a [1].txt", "train/b.txt", "valid/c?.txt", "test/*.txt")
     expected = {"train": ["a [1]", "b"], "validation": ["c?"], "test": ["*"]}
@@ -206,12 +206,12 @@ def test_existing_paths_are_no_patterns(name: str, tmp_path: Path) -> None:
     assert open_corpus(root / "train" / "a [1].txt").get_split("train")
     with pytest.raises(DataError, match="no path matches the pattern"):
         list_files(f"{root}/[ab]*.md")
-    with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+    with zipfile.ZipFile(tmp_path / f"{name}.1.zip", "w") as archive:
         for path in sorted(root.rglob("*.txt")):
             archive.write(path, path.relative_to(root))
         archive.writestr("__MACOSX/train/._b.txt", "no text")
     if "::" not in name:  # which chains file systems in a URL
-        assert ids(tmp_path / f"{name}.zip") == expected
+        assert ids(tmp_path / f"{name}.1.zip") == expected
 
 
 def test_equal_names_in_two_folders_have_two_ids(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ LAYOUTS = [
     ["en/train/test.txt", "en/eval/train.txt", "en/test/dev.txt"],  # folders before files
     ["corpus.txt", "valid.txt", "test.txt"],  # what is in no split is trained on if nothing is named train
     ["books-train/a.txt", "books-valid/a.txt", "books-test/a.txt"],
+    ["trainset.txt", "devset.txt", "testset.txt"],
+    ["trainData/a.txt", "valData/a.txt", "testData/a.txt"],
 ]
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
@@ -71,7 +73,7 @@ def test_names_of_texts_give_the_splits(names: list[str], ending: str, tmp_path:
     assert read(str(tmp_path), "FileSource") == expected
 
 
-@pytest.mark.parametrize("names", LAYOUTS[4:-2], ids=lambda names: names[0])
+@pytest.mark.parametrize("names", LAYOUTS[4:-4], ids=lambda names: names[0])
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".jsonl.gz"])
 def test_names_of_tables_give_the_splits(names: list[str], ending: str, tmp_path: Path) -> None:
     for split, name in zip(SPLITS, names, strict=True):
@@ -95,6 +97,12 @@ def test_names_of_tables_give_the_splits(names: list[str], ending: str, tmp_path
 )
 def test_other_words_are_no_splits(names: list[str]) -> None:
     assert infer_splits(names) == [None] * len(names)
+
+
+def test_names_of_one_shape_are_of_one_layout() -> None:
+    # The shards of the command `split`, and languages.
+    names = ["x-train-aa.txt", "x-train-ab.txt", "x-valid-aa.txt", "de-train-ac.txt", "the-acid-test.txt"]
+    assert infer_splits(names) == ["train", "train", "validation", "train", None]
 
 
 def test_both_a_file_and_a_folder_of_a_split(tmp_path: Path) -> None:

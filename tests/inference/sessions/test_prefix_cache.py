@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memtx import MemoryTransformer
-from memtx.data.tokenizers import ByteTokenizer
+from memtx.data.tokenizers import BytePairTokenizer, ByteTokenizer
 from memtx.inference.batching import ScoreOutput
 from memtx.inference.deadline import DeadlineExceededError
 from memtx.inference.decoder import Decoder
@@ -31,6 +31,7 @@ from memtx.memory.compressed import CompressedMemory
 from memtx.memory.none import NoMemory
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.ops.cpu.malloc import current_memory_bytes
+from tests.data.tokenizer_zoo import CORPUS, backend_json
 from tests.inference.conftest import tiny_model
 
 SEGMENT_LENGTH = 16
@@ -163,6 +164,33 @@ def test_a_begin_token_that_begins_no_document_is_another_prefix(byte_model: Mem
         cold.splits_documents = warm.splits_documents = splits_documents
         expected = next_logits(byte_model, read_prompt(cold, prompt))
         assert torch.equal(next_logits(byte_model, pool.read_prompt(warm, prompt)), expected)
+    pool.close()
+
+
+def test_cut_characters_and_parsed_special_tokens(tmp_path: Path) -> None:
+    tokenizer = BytePairTokenizer.from_backend_json(backend_json("llama3+added"), 0)
+    tokenizer._restore({"bos_token_id": None})
+    model = tiny_model(tokenizer.vocab_size)
+    pool = SessionPool(model, tokenizer, segment_length=SEGMENT_LENGTH, prefix_cache_bytes=1 << 30)
+    text = f"{CORPUS[:400]}<|im_end|>"
+    *cut, last = tokenizer.encode(f"{text}\U00010348").tolist()
+    prompts = [(text, False), (text, True), (cut, False), ([*cut, last], False), (cut[:-1], False)]
+    for prompt, parse_special in prompts + prompts:
+        readers = [StreamReader(model, tokenizer, SEGMENT_LENGTH), pool.new_reader()]
+        reads = []
+        for reader, read in zip(readers, (read_prompt, pool.read_prompt), strict=True):
+            reader.parse_special = parse_special
+            reads.append(read(reader, prompt))
+        cold, warm = reads
+        assert warm.tokens.tolist() == cold.tokens.tolist()
+        assert torch.equal(next_logits(model, warm), next_logits(model, cold))
+        for reader in readers:
+            assert (reader.incomplete_bytes != b"") == (prompt in (cut, cut[:-1]))
+            list(reader.feed_tokens([last] if prompt == cut else []))
+            list(reader.finish())
+        assert readers[0].snapshot().totals == readers[1].snapshot().totals
+        assert readers[0].incomplete_bytes == readers[1].incomplete_bytes
+    assert warm.num_cached_tokens == len(warm.tokens)
     pool.close()
 
 
