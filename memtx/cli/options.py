@@ -259,9 +259,12 @@ def load_task_predictor(arguments: argparse.Namespace) -> BasePredictor:
     """Load the task model from ``--checkpoint``, as :func:`load_model` does."""
     placement = get_placement(arguments)
     from memtx.inference.predictor import load_predictor
+    from memtx.inference.published_tasks import get_published_task, load_published_predictor
 
     with user_modules(arguments.modules):
-        predictor = load_predictor(arguments.checkpoint)
+        path = arguments.checkpoint
+        predictor: BasePredictor
+        predictor = load_published_predictor(path) if get_published_task(path) else load_predictor(path)
     predictor.model.to(**placement)
     return predictor
 

@@ -48,8 +48,9 @@ def _predict(arguments: argparse.Namespace) -> None:
     inputs = _read_inputs(arguments)
     from memtx import files
     from memtx.inference.predictor import is_task_model
+    from memtx.inference.published_tasks import get_published_task
 
-    if not is_task_model(arguments.checkpoint):
+    if get_published_task(arguments.checkpoint) is None and not is_task_model(arguments.checkpoint):
         message = f"'{arguments.checkpoint}' is a language model, not a task model."
         raise MemtxError(message, "Use memtx read to score texts and memtx generate to continue them.")
     predictor = options.load_task_predictor(arguments)

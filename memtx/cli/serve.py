@@ -41,10 +41,11 @@ def _serve(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         raise missing_package_error("memtx serve", error, "serve") from error
     from memtx.inference.predictor import is_task_model
+    from memtx.inference.published_tasks import get_published_task
     from memtx.serving.app import create_app, create_task_app, serve
     from memtx.serving.limits import Limits
 
-    is_task = is_task_model(arguments.checkpoint)
+    is_task = get_published_task(arguments.checkpoint) is not None or is_task_model(arguments.checkpoint)
     name = arguments.served_model_name or Path(arguments.checkpoint).resolve().name.removesuffix(".ckpt")
     names = ("max_body_bytes", "max_tokens", "max_seconds", "max_concurrent_requests")
     limits = Limits(**{name: getattr(arguments, name) for name in names})

@@ -65,6 +65,19 @@ class HFTokenizer(BackendTokenizer):
         """Id that begins a document: ``cls_token_id``."""
         return self.cls_token_id
 
+    @property
+    def mask_token(self) -> str:
+        """Spelling of the token that stands for a masked one."""
+        return str(self._require_backend().id_to_token(self.mask_token_id))
+
+    @property
+    def num_pair_separators(self) -> int:
+        """Number of separators between two texts, by the file's post-processor: 1 as in BERT, or 2 as in RoBERTa."""
+        ids = self._require_backend().encode("a", "a").ids
+        start = ids.index(self.sep_token_id) if self.sep_token_id in ids else len(ids)
+        length = next((length for length, token in enumerate(ids[start:]) if token != self.sep_token_id), 1)
+        return max(length, 1)
+
     def encode_with_offsets(self, texts: Sequence[str]) -> list[Encoding]:
         """Return the tokens of whole texts, without special tokens; raises DataError for a lone surrogate."""
         for text in texts:

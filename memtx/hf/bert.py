@@ -13,9 +13,11 @@ from memtx.hf.checkpoint import HFCheckpoint
 from memtx.hf.config import HFConfig
 from memtx.hf.layout import KeyMapping
 from memtx.hf.loader import has_tied_weights, load_weights
+from memtx.hf.task_heads import MASKED_LM, TaskPooling, get_task, load_task_model
 from memtx.layers.embeddings import TextEmbeddings
 from memtx.layers.encoder_attention import EncoderAttention, FullAttention
 from memtx.models.encoder import Encoder
+from memtx.models.heads import TaskModel
 
 EncoderAttentionFactory = Callable[[int, int, int], EncoderAttention]
 
@@ -56,6 +58,31 @@ BERT = KeyMapping(
     hf_keys={**BACKBONE_KEYS, **MLM_HEAD_KEYS, "pooler": ["pooler.dense"]},
     prefix="bert.",
     head_prefixes=("cls.",),
+    extra_patterns=EXTRA_PATTERNS,
+    legacy_suffixes=LEGACY_SUFFIXES,
+)
+
+ROBERTA_DECODER_KEY = "lm_head.decoder.weight"
+
+ROBERTA_HEAD_KEYS = {
+    "head.transform": ["lm_head.dense"],
+    "head.norm": ["lm_head.layer_norm"],
+    "head.weight": [ROBERTA_DECODER_KEY],
+    "head.bias": ["lm_head.decoder.bias", "lm_head.bias"],
+    "pooler": ["pooler.dense"],
+}
+"""Keys of the MLM head and the pooler, shared with Longformer."""
+
+ROBERTA_POOLING = TaskPooling("classifier.dense", "classifier.out_proj")
+
+ROBERTA = KeyMapping(
+    hf_keys={
+        **BACKBONE_KEYS,
+        **ROBERTA_HEAD_KEYS,
+        "embedding.word_embeddings.weight": [EMBEDDING_KEY, ROBERTA_DECODER_KEY],
+    },
+    prefix="roberta.",
+    head_prefixes=("lm_head.",),
     extra_patterns=EXTRA_PATTERNS,
     legacy_suffixes=LEGACY_SUFFIXES,
 )
@@ -114,12 +141,14 @@ def build_encoder(
     max_length: int = 512,
     activation: str = "gelu",
     mlm_head_activation: Callable[[], nn.Module] | None = None,
-) -> Encoder:
-    """Build the encoder of a folder; raises CheckpointError if an option or a tensor does not fit.
+    pooling: TaskPooling | None = None,
+) -> Encoder | TaskModel:
+    """Build the encoder of a folder, with its task head; raises CheckpointError if an option or tensor does not fit.
 
     ``decoder_key`` is the MLM head's output weight, which may be tied to the embeddings; ``attentions`` has one factory
     for all layers or one per layer; ``keys`` defaults to BERT's, ``mlm_head_activation`` to the feed-forward
-    activation. vocab_size, depth, max_length and activation are defaults of options that the config omits.
+    activation, ``pooling`` to BERT's. vocab_size, depth, max_length and activation are defaults of options that the
+    config omits.
     """
     config, keys = HFConfig(hf_checkpoint.config), keys or EncoderConfigKeys()
     eps = config.get_float(keys.eps, 1e-12) if keys.eps is not None else 1e-12
@@ -132,16 +161,23 @@ def build_encoder(
         dropout=dropout,
         **{"pad_token_id": config.get("pad_token_id", 0), **(embedding_options or {})},
     )
-    model_factory = partial(
+    encoder_factory = partial(
         Encoder,
-        config.get_int("vocab_size", vocab_size),
-        config.get_int(keys.dim, 768),
-        config.get_int(keys.depth, depth),
-        config.get_int(keys.heads, 12),
-        config.get_int(keys.hidden_dim, 3072),
-        attentions,
-        embeddings,
-        config.get_activation(keys.activation, activation),
+        dim=config.get_int(keys.dim, 768),
+        depth=config.get_int(keys.depth, depth),
+        heads=config.get_int(keys.heads, 12),
+        hidden_dim=config.get_int(keys.hidden_dim, 3072),
+        attentions=attentions,
+        embeddings=embeddings,
+        activation=config.get_activation(keys.activation, activation),
+    )
+    vocab_size = config.get_int("vocab_size", vocab_size)
+    if (task := get_task(hf_checkpoint.config)) is not None and task != MASKED_LM:
+        encoder_factory = partial(encoder_factory, add_mlm_head=False, eps=eps, dropout=dropout)
+        return load_task_model(hf_checkpoint, mapping, task, encoder_factory, vocab_size, pooling or TaskPooling())
+    model_factory = partial(
+        encoder_factory,
+        vocab_size,
         add_mlm_head=mapping.has_any(hf_checkpoint.tensors, *mapping.hf_keys["head.transform"]),
         mlm_head_activation=mlm_head_activation,
         tie_embeddings=has_tied_weights(hf_checkpoint, mapping, decoder_key, EMBEDDING_KEY),
@@ -152,7 +188,7 @@ def build_encoder(
     return load_weights(model_factory, hf_checkpoint, mapping)
 
 
-def build_bert(hf_checkpoint: HFCheckpoint) -> Encoder:
+def build_bert(hf_checkpoint: HFCheckpoint) -> Encoder | TaskModel:
     """Build the BERT of a folder; raises CheckpointError if an option or a tensor does not fit."""
     config = HFConfig(hf_checkpoint.config)
     config.require("is_decoder", False, "decoders of this layout")
@@ -161,9 +197,25 @@ def build_bert(hf_checkpoint: HFCheckpoint) -> Encoder:
     return build_encoder(hf_checkpoint, BERT, DECODER_KEY, [attention])
 
 
-def build_distilbert(hf_checkpoint: HFCheckpoint) -> Encoder:
+def build_roberta(hf_checkpoint: HFCheckpoint) -> Encoder | TaskModel:
+    """Build the RoBERTa of a folder; raises CheckpointError if an option or a tensor does not fit."""
+    config = HFConfig(hf_checkpoint.config)
+    config.require("is_decoder", False, "decoders of this layout")
+    config.require("position_embedding_type", "absolute", "other positions")
+    attention = partial(FullAttention, dropout=config.get_float("attention_probs_dropout_prob", 0.1))
+    embeddings = {"pad_token_id": config.get_int("pad_token_id", 1, min_value=0), "roberta_positions": True}
+    options: dict[str, Any] = {"vocab_size": 50265, "mlm_head_activation": nn.GELU, "pooling": ROBERTA_POOLING}
+    return build_encoder(hf_checkpoint, ROBERTA, ROBERTA_DECODER_KEY, [attention], embeddings, **options)
+
+
+def build_distilbert(hf_checkpoint: HFCheckpoint) -> Encoder | TaskModel:
     """Build the DistilBERT of a folder; raises CheckpointError if an option or a tensor does not fit."""
     attention = partial(FullAttention, dropout=HFConfig(hf_checkpoint.config).get_float("attention_dropout", 0.1))
     # Sinusoidal positions are stored as a table, like learned ones.
     keys = EncoderConfigKeys("dim", "n_layers", "n_heads", "hidden_dim", "activation", "dropout", None, None)
-    return build_encoder(hf_checkpoint, DISTILBERT, DISTILBERT_DECODER_KEY, [attention], keys=keys, depth=6)
+    options: dict[str, Any] = {
+        "keys": keys,
+        "depth": 6,
+        "pooling": TaskPooling("pre_classifier", "classifier", nn.ReLU),
+    }
+    return build_encoder(hf_checkpoint, DISTILBERT, DISTILBERT_DECODER_KEY, [attention], **options)

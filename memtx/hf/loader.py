@@ -45,6 +45,7 @@ ENCODERS = {
     "distilbert": "memtx.hf.bert:build_distilbert",
     "longformer": "memtx.hf.sparse_encoders:build_longformer",
     "reformer": "memtx.hf.reformer:build",
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), "memtx.hf.bert:build_roberta"),
     "transfo-xl": "memtx.hf.transformer_xl:build",
 }
 DECODERS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -14,6 +15,9 @@ from memtx.hf.bert import (
     EXTRA_PATTERNS,
     LEGACY_SUFFIXES,
     MLM_HEAD_KEYS,
+    ROBERTA_DECODER_KEY,
+    ROBERTA_HEAD_KEYS,
+    ROBERTA_POOLING,
     EncoderAttentionFactory,
     build_encoder,
 )
@@ -24,21 +28,16 @@ from memtx.layers.bigbird import BigBirdAttention
 from memtx.layers.encoder_attention import FullAttention
 from memtx.layers.longformer import LongformerAttention
 from memtx.models.encoder import Encoder
-
-LONGFORMER_DECODER_KEY = "lm_head.decoder.weight"
+from memtx.models.heads import TaskModel
 
 LONGFORMER = KeyMapping(
     hf_keys={
         **BACKBONE_KEYS,
-        "embedding.word_embeddings.weight": [EMBEDDING_KEY, LONGFORMER_DECODER_KEY],
+        "embedding.word_embeddings.weight": [EMBEDDING_KEY, ROBERTA_DECODER_KEY],
         "blocks.{}.attention.global_query": ["encoder.layer.{}.attention.self.query_global"],
         "blocks.{}.attention.global_key": ["encoder.layer.{}.attention.self.key_global"],
         "blocks.{}.attention.global_value": ["encoder.layer.{}.attention.self.value_global"],
-        "head.transform": ["lm_head.dense"],
-        "head.norm": ["lm_head.layer_norm"],
-        "head.weight": [LONGFORMER_DECODER_KEY],
-        "head.bias": ["lm_head.decoder.bias", "lm_head.bias"],
-        "pooler": ["pooler.dense"],
+        **ROBERTA_HEAD_KEYS,
     },
     prefix="longformer.",
     head_prefixes=("lm_head.",),
@@ -47,7 +46,7 @@ LONGFORMER = KeyMapping(
 )
 
 
-def build_longformer(hf_checkpoint: HFCheckpoint) -> Encoder:
+def build_longformer(hf_checkpoint: HFCheckpoint) -> Encoder | TaskModel:
     """Build the Longformer of a folder; raises CheckpointError if an option or a tensor does not fit."""
     config = HFConfig(hf_checkpoint.config)
     depth = config.get_int("num_hidden_layers", 12)
@@ -61,13 +60,14 @@ def build_longformer(hf_checkpoint: HFCheckpoint) -> Encoder:
     return build_encoder(
         hf_checkpoint,
         LONGFORMER,
-        LONGFORMER_DECODER_KEY,
+        ROBERTA_DECODER_KEY,
         [
             partial(LongformerAttention, window=window, dilation=dilation, dropout=dropout)
             for window, dilation in zip(windows, dilations, strict=True)
         ],
         {"pad_token_id": config.get_int("pad_token_id", 1, min_value=0), "roberta_positions": True},
         mlm_head_activation=nn.GELU,
+        pooling=ROBERTA_POOLING,
     )
 
 
@@ -80,7 +80,7 @@ BIGBIRD = KeyMapping(
 )
 
 
-def build_bigbird(hf_checkpoint: HFCheckpoint) -> Encoder:
+def build_bigbird(hf_checkpoint: HFCheckpoint) -> Encoder | TaskModel:
     """Build the Big Bird of a folder; raises CheckpointError if an option or a tensor does not fit."""
     config = HFConfig(hf_checkpoint.config)
     config.require("is_decoder", False, "decoders of this layout")
@@ -93,6 +93,7 @@ def build_bigbird(hf_checkpoint: HFCheckpoint) -> Encoder:
         vocab_size=50358,
         max_length=4096,
         activation="gelu_new",
+        pooling=replace(ROBERTA_POOLING, activation=config.get_activation("hidden_act", "gelu_new")),
     )
 
 

@@ -28,15 +28,21 @@ class Pooling(nn.Module, ABC):
 
 
 class CLSPooling(Pooling):
-    """The first token's hidden state after a linear layer and a tanh (BERT, Devlin et al. 2019)."""
+    """The first token's hidden state after a linear layer and an activation (BERT, Devlin et al. 2019).
 
-    def __init__(self, dim: int) -> None:
+    Args:
+        dim: Width of the hidden states.
+        activation: Factory of the activation. Defaults to tanh.
+    """
+
+    def __init__(self, dim: int, activation: Callable[[], nn.Module] = nn.Tanh) -> None:
         super().__init__()
         self.dense = Linear(dim, dim)
+        self.activation = activation()
 
     def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
         """Return ``(batch, dim)``."""
-        return torch.tanh(self.dense(x[:, 0]))
+        return cast(Tensor, self.activation(self.dense(x[:, 0])))
 
 
 class MeanPooling(Pooling):

@@ -182,9 +182,15 @@ def task_from_json(text: str) -> Task:
 def build_inputs(
     tokenizer: HFTokenizer, first_ids: IntArray, second_ids: IntArray | None = None
 ) -> tuple[IntArray, IntArray, NDArray[np.bool_]]:
-    """Return ids, token types and global mask of ``[CLS] first [SEP]`` (and ``second [SEP]``); ``[CLS]`` is global."""
-    sep = np.array([tokenizer.sep_token_id])
-    second_parts = () if second_ids is None else (second_ids, sep)
+    """Return ids, token types and global mask of ``[CLS] first [SEP]`` (and ``second [SEP]``); ``[CLS]`` is global.
+
+    The tokenizer decides on the number of separators between two texts.
+    """
+    sep, num_separators = np.array([tokenizer.sep_token_id]), 1
+    second_parts: tuple[IntArray, ...] = ()
+    if second_ids is not None:
+        num_separators = tokenizer.num_pair_separators
+        second_parts = (*[sep] * (num_separators - 1), second_ids, sep)
     ids = np.concatenate([[tokenizer.cls_token_id], first_ids, sep, *second_parts]).astype(np.int64)
     positions = np.arange(len(ids))
-    return ids, (positions >= len(first_ids) + 2).astype(np.int64), positions == 0
+    return ids, (positions >= len(first_ids) + 1 + num_separators).astype(np.int64), positions == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from memtx.data.hf_tokenizers import Encoding, HFTokenizer
 from memtx.data.tasks.base import NO_TARGET, EncodedExample, Logits, PreparedExample, Task, build_inputs
 from memtx.data.tasks.examples import PairExample, TextExample
 from memtx.errors import DataError
+
+SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
 
 class _SingleLabelTask(Task):
@@ -25,7 +27,7 @@ class _SingleLabelTask(Task):
         """Return ``[CLS] first [SEP]`` or ``[CLS] first [SEP] second [SEP]`` in one or more windows."""
         first, *others = encodings
         second_ids = others[0].ids if others else None
-        num_reserved = 2 + sum(len(encoding) + 1 for encoding in others)
+        num_reserved = 2 + sum(len(encoding) + tokenizer.num_pair_separators for encoding in others)
         target = NO_TARGET if example.label is None else np.array([self.label_to_id(example.label)], dtype=np.int64)
         return [
             EncodedExample(*build_inputs(tokenizer, first.ids[start:stop], second_ids), 1, start, stop, target)
@@ -50,6 +52,61 @@ class Classification(_SingleLabelTask):
     def from_text(self, text: str) -> TextExample:
         """Return a raw text as an example without a label."""
         return TextExample.parse({"text": text}, False)
+
+
+class TextClassification(Classification):
+    """``{"text"}``, or a pair ``{"text", "text_pair"}`` or ``{"text_a", "text_b"}``, for published models.
+
+    Args:
+        labels: Labels in order.
+        max_length, stride: As in :class:`~memtx.data.tasks.base.Task`.
+        problem_type: ``single_label_classification``, ``multi_label_classification`` or ``regression``. Defaults to
+            regression for one label, otherwise to a single label.
+    """
+
+    kind = "text_classification"
+
+    def __init__(
+        self,
+        labels: Sequence[str] | None = None,
+        max_length: int = 512,
+        stride: int | None = None,
+        problem_type: str | None = None,
+    ) -> None:
+        super().__init__(labels, max_length, stride)
+        self.problem_type = problem_type or (REGRESSION if len(self.labels) == 1 else SINGLE_LABEL)
+        if self.problem_type not in (SINGLE_LABEL, MULTI_LABEL, REGRESSION):
+            message = f"problem_type is '{problem_type}', expected {SINGLE_LABEL}, {MULTI_LABEL} or {REGRESSION}."
+            raise DataError(message, "Restore config.json.")
+
+    def parse(self, record: Mapping[str, Any], labelled: bool = True) -> TextExample | PairExample:
+        """Return the example of a record; raises DataError."""
+        if "text_pair" in record:
+            record = {**record, "text_a": record.get("text"), "text_b": record["text_pair"]}
+        return (PairExample if "text_a" in record else TextExample).parse(record, labelled)
+
+    def get_texts(self, example: TextExample | PairExample) -> tuple[str, ...]:
+        """Return the text, or both."""
+        return (example.text,) if isinstance(example, TextExample) else (example.text_a, example.text_b)
+
+    def postprocess(self, prepared: PreparedExample, logits: Sequence[Logits]) -> dict[str, Any]:
+        """Return ``label``, ``score`` and ``scores``, or what the problem type has.
+
+        Several labels give ``labels``, those with a probability of at least 0.5, and ``scores``; a regression gives its
+        values as ``score`` or ``scores``.
+        """
+        if self.problem_type == SINGLE_LABEL:
+            return super().postprocess(prepared, logits)
+        values = torch.from_numpy(np.stack(logits)).double()
+        values = (values.sigmoid() if self.problem_type == MULTI_LABEL else values).mean(0)
+        scores = {label: round(value, 6) for label, value in zip(self.labels, values.tolist(), strict=True)}
+        if self.problem_type == MULTI_LABEL:
+            return {"labels": [label for label, score in scores.items() if score >= 0.5], "scores": scores}
+        return {"score": next(iter(scores.values()))} if len(scores) == 1 else {"scores": scores}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the kind and the constructor's arguments as JSON values."""
+        return {**super().to_dict(), "problem_type": self.problem_type}
 
 
 class PairClassification(_SingleLabelTask):

@@ -61,15 +61,15 @@ class QuestionAnswering(Task):
         """Return ``[CLS] question [SEP] context [SEP]``; the target is the answer's first and last position."""
         question, context = encodings
         answer = _answer_token_range(example, context)
-        context_start = len(question) + 2
+        context_start = len(question) + 1 + tokenizer.num_pair_separators
         windows = []
-        for start, stop in self.split_windows(len(context), len(question) + 3):
+        for start, stop in self.split_windows(len(context), context_start + 1):
             target = np.zeros(2, dtype=np.int64)
             if answer is not None and start <= answer[0] and answer[1] < stop:
                 target[:] = context_start + np.array(answer) - start
             inputs = build_inputs(tokenizer, question.ids, context.ids[start:stop])
             windows.append(EncodedExample(*inputs, context_start, start, stop, target))
-            windows[-1].global_attention_mask[:context_start] = True
+            windows[-1].global_attention_mask[: len(question) + 1] = True
         return windows
 
     def postprocess(self, prepared: PreparedExample, logits: Sequence[Logits]) -> dict[str, Any]:

@@ -69,6 +69,22 @@ class Tagging(Task):
         """Return the tags, if there are any."""
         return example.tags or ()
 
+    def _word_spans(self, example: TaggedExample) -> Iterable[tuple[int, int]]:
+        """Yield first and last (exclusive) characters of each word in the encoded text."""
+        start = 0
+        for word in example.tokens:
+            yield start, start + len(word)
+            start += len(word) + 1
+
+    def _first_tokens(self, example: TaggedExample, encoding: Encoding) -> list[int | None]:
+        """Return the first token of each word, None for a word without tokens, such as a control character."""
+        token_starts: IntArray = encoding.offsets[:, 0]
+        first_tokens: list[int | None] = []
+        for start, stop in self._word_spans(example):
+            token = int(np.searchsorted(token_starts, start))
+            first_tokens.append(token if token < len(token_starts) and token_starts[token] < stop else None)
+        return first_tokens
+
     def encode(
         self, example: TaggedExample, encodings: Sequence[Encoding], tokenizer: HFTokenizer
     ) -> list[EncodedExample]:
@@ -76,7 +92,7 @@ class Tagging(Task):
         encoding = encodings[0]
         labels = np.full(len(encoding), IGNORE_INDEX, dtype=np.int64)
         if example.tags is not None:
-            for token, tag in zip(_first_tokens(example.tokens, encoding), example.tags, strict=True):
+            for token, tag in zip(self._first_tokens(example, encoding), example.tags, strict=True):
                 label = self.label_to_id(tag)
                 if token is not None:
                     labels[token] = label
@@ -97,7 +113,7 @@ class Tagging(Task):
         example: TaggedExample = prepared.example
         windows = prepared.windows
         tags = []
-        for token in _first_tokens(example.tokens, prepared.encodings[0]):
+        for token in self._first_tokens(example, prepared.encodings[0]):
             # Of the windows with a word, take the one with the most context on both sides of it.
             candidates = [
                 (min(token - window.text_start, window.text_stop - 1 - token), index)
@@ -120,14 +136,14 @@ class Tagging(Task):
         return {"tokens": list(example.tokens), "tags": tags, "spans": spans}
 
 
-def _first_tokens(words: Iterable[str], encoding: Encoding) -> list[int | None]:
-    """Return the first token of each word, None for a word without tokens, such as a control character."""
-    token_starts: IntArray = encoding.offsets[:, 0]
-    first_tokens: list[int | None] = []
-    start = 0
-    for word in words:
-        token = int(np.searchsorted(token_starts, start))
-        is_inside = token < len(token_starts) and token_starts[token] < start + len(word)
-        first_tokens.append(token if is_inside else None)
-        start += len(word) + 1
-    return first_tokens
+class TokenClassification(Tagging):
+    """Tagging by a published model, which reads a raw text as it is, not its words joined by spaces."""
+
+    kind = "token_classification"
+
+    def get_texts(self, example: TaggedExample) -> tuple[str, ...]:
+        """Return the raw text, or the words joined by spaces."""
+        return (example.text,) if example.text else super().get_texts(example)
+
+    def _word_spans(self, example: TaggedExample) -> Iterable[tuple[int, int]]:
+        return example.word_spans if example.text and example.word_spans else super()._word_spans(example)

@@ -1,0 +1,76 @@
+"""Task heads of published encoders: which task a folder was fine-tuned for, and its head as a :class:`TaskModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from memtx.errors import CheckpointError
+from memtx.hf.checkpoint import HFCheckpoint
+from memtx.hf.layout import KeyMapping
+from memtx.hf.loader import load_weights
+from memtx.models.heads import CLSPooling, SequenceClassificationHead, TaskModel, TokenClassificationHead
+
+SEQUENCE_CLASSIFICATION = "ForSequenceClassification"
+TOKEN_CLASSIFICATION = "ForTokenClassification"
+QUESTION_ANSWERING = "ForQuestionAnswering"
+MASKED_LM = "ForMaskedLM"
+TASKS = (SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, QUESTION_ANSWERING, MASKED_LM)
+"""Ends of the class names in ``architectures``."""
+
+POOLER_PATTERN = r"pooler\.(dense\.)?(weight|bias)"
+"""Names of a pooler, which heads that score every token do not use."""
+
+
+@dataclass(frozen=True)
+class TaskPooling:
+    """Modules between the first token and the scores of a text: names in the checkpoint, and the activation."""
+
+    dense: str = "pooler.dense"
+    out: str = "classifier"
+    activation: Callable[[], nn.Module] = nn.Tanh
+
+
+def get_task(config: Mapping[str, Any]) -> str | None:
+    """Return the end of the class name in config.json that names a task in ``TASKS``, or None."""
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    return next((task for task in TASKS if isinstance(name, str) and name.endswith(task)), None)
+
+
+def load_task_model(
+    hf_checkpoint: HFCheckpoint,
+    mapping: KeyMapping,
+    task: str,
+    backbone: Callable[[int], nn.Module],
+    vocab_size: int,
+    pooling: TaskPooling,
+) -> TaskModel:
+    """Build the backbone of a folder with its head; raises CheckpointError if a tensor does not fit."""
+    keys = {
+        f"backbone.{name}": paths for name, paths in mapping.hf_keys.items() if not name.startswith(("head", "pooler"))
+    }
+    extra_patterns = [*mapping.extra_patterns]
+    if task == SEQUENCE_CLASSIFICATION:
+        out = pooling.out
+        keys |= {"head.pooling.dense": [pooling.dense], "head.out": [out]}
+        pooling_factory = partial(CLSPooling, activation=pooling.activation)
+        head: Callable[[int, int], nn.Module] = partial(SequenceClassificationHead, pooling=pooling_factory)
+    else:
+        out = "qa_outputs" if task == QUESTION_ANSWERING else "classifier"
+        keys["head.out"] = [out]
+        head = TokenClassificationHead
+    if not pooling.dense.startswith("pooler") or task != SEQUENCE_CLASSIFICATION:
+        extra_patterns.append(POOLER_PATTERN)
+    task_mapping = replace(
+        mapping, hf_keys=keys, extra_patterns=extra_patterns, head_prefixes=("classifier.", "pre_classifier.", "qa_")
+    )
+    if (weight := hf_checkpoint.tensors.get(f"{out}.weight")) is None:
+        message = f"'{hf_checkpoint.path}' lacks {out}.weight, the head that its architectures name."
+        raise CheckpointError(message, "Use the config.json that belongs to these weights.")
+    factory = partial(TaskModel, vocab_size, weight.shape[0], backbone, head)
+    return load_weights(factory, hf_checkpoint, task_mapping)
