@@ -109,8 +109,8 @@ class PrefixCache:
         """
         # The state's structure covers every setting that changes it, such as a window chosen when the model was loaded.
         structure = [(name, str(leaf.dtype), list(leaf.shape)) for name, leaf in reader.state.named_tensors().items()]
-        splits_documents = getattr(reader, "splits_documents", True)
-        root = [self.fingerprint, namespace, reader.segment_length, reader.last_token, splits_documents, structure]
+        cuts = [reader.segment_length, reader.splits_documents]
+        root = [self.fingerprint, namespace, cuts, reader.last_token, structure]
         digest = hashlib.blake2b(json.dumps(root).encode(), digest_size=32)
         keys, lengths = [], reader.segment_ends()
         for start, end in zip([0, *lengths], lengths, strict=False):

@@ -157,6 +157,16 @@ def test_begin_tokens_within_a_prompt(byte_model: MemoryTransformer, prompts: li
     pool.close()
 
 
+def test_a_begin_token_that_begins_no_document_is_another_prefix(byte_model: MemoryTransformer) -> None:
+    pool, prompt = new_pool(byte_model), [*b"a" * 40, 256, *b"b" * 10]
+    for splits_documents in (True, False):
+        cold, warm = StreamReader(byte_model, ByteTokenizer(), SEGMENT_LENGTH), pool.new_reader()
+        cold.splits_documents = warm.splits_documents = splits_documents
+        expected = next_logits(byte_model, read_prompt(cold, prompt))
+        assert torch.equal(next_logits(byte_model, pool.read_prompt(warm, prompt)), expected)
+    pool.close()
+
+
 def test_cut_characters_and_parsed_special_tokens(tmp_path: Path) -> None:
     tokenizer = BytePairTokenizer.from_backend_json(backend_json("llama3+added"), 0)
     tokenizer._restore({"bos_token_id": None})
