@@ -106,10 +106,10 @@ def main() -> None:
         for _ in range(arguments.rounds):
             for call, values in zip(pair, times, strict=True):
                 values.append(benchmarking.time_call(call, device))
-        theirs, mine = (statistics.median(values) for values in times)
+        peer_seconds, our_seconds = (statistics.median(values) for values in times)
         peaks = [measure_peak(call) for call in pair]
         results[name] = {"transformers_seconds": times[0], "memtx_seconds": times[1], "peak_bytes": peaks}
-        lines.append(f"| {name} | {theirs:.2f} s | {mine:.2f} s | {theirs / mine:.2f} |")
+        lines.append(f"| {name} | {peer_seconds:.2f} s | {our_seconds:.2f} s | {peer_seconds / our_seconds:.2f} |")
         memory = [benchmarking.format_mib(peak) for peak in peaks]
         lines.append(f"| {name}, peak MiB of tensors | {memory[0]} | {memory[1]} | {peaks[1] / peaks[0]:.2f} |")
     state = windowed.init_state(4)
