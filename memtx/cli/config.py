@@ -33,6 +33,16 @@ def get_option_values(argv: list[str], *options: str) -> list[str]:
     return values + [value for name, separator, value in parts if separator and name in options]
 
 
+def put_configs_first(argv: list[str]) -> list[str]:
+    """Return the arguments, subcommand first, with configs before options, which the parser would let configs undo."""
+    configs, others = list[str](), list[str]()
+    for previous, argument in itertools.pairwise(argv):
+        is_config = previous in CONFIG_OPTIONS or argument in CONFIG_OPTIONS
+        is_config |= argument.startswith(tuple(f"{option}=" for option in CONFIG_OPTIONS))
+        (configs if is_config else others).append(argument)
+    return [*argv[:1], *configs, *others]
+
+
 def add_run_config(argv: list[str]) -> list[str]:
     """Add the run's config (from ``--run_dir``, else ``--ckpt_path``) to an evaluation without ``--config``."""
     if argv[0] == "fit" or get_option_values(argv, *CONFIG_OPTIONS) or "--help" in argv or "-h" in argv:

@@ -21,7 +21,14 @@ from lightning.pytorch.plugins import CheckpointIO
 from memtx import files
 from memtx.checkpoint import pretrained, recovery
 from memtx.checkpoint.training import AtomicCheckpointIO, BestCheckpoint, find_best_checkpoint
-from memtx.cli.config import CONFIG_FILE, DEFAULT_RUN_DIR, find_class, get_option_values, uses_class_paths
+from memtx.cli.config import (
+    CONFIG_FILE,
+    DEFAULT_RUN_DIR,
+    find_class,
+    get_option_values,
+    put_configs_first,
+    uses_class_paths,
+)
 from memtx.cli.one_line_parser import OneLineParser, to_memtx_error
 from memtx.cli.options import command_line, print_next_command
 from memtx.data.books import BookDataModule
@@ -51,6 +58,7 @@ class MemtxCLI(LightningCLI):
     @classmethod
     def from_arguments(cls, argv: list[str], prog: str, **options: Any) -> Self:
         """Parse ``argv``, subcommand first, build all objects and run the subcommand."""
+        argv = put_configs_first(argv)
         class_paths = uses_class_paths(argv)
         return cls(
             BaseModule if class_paths else LanguageModule,

@@ -277,6 +277,12 @@ def test_an_unusable_checkpoint_is_one_line(program: Program, workdir: Path) -> 
     assert files(workdir) == before
 
 
+def test_an_option_holds_before_a_config_too(program: Program, workdir: Path) -> None:
+    write(workdir)
+    for config in (["--config", "c.yaml"], ["-c", "c.yaml"], ["--config=c.yaml"]):
+        refused(program("fit", "--data.root", "nothing", *config, cwd=workdir), "'nothing' does not exist")
+
+
 def test_the_module_reports_the_same_errors(workdir: Path) -> None:
     write(workdir, renamed(("data", "batch_size"), "batch_sizes"))
     environment = os.environ | {"PYTHONPATH": str(HOME)}

@@ -75,6 +75,8 @@ def assign_parts(
     verb = "are assigned" if unit == "whole documents" else "is cut"
     reason = "as its fractions say" if fractions.explicit else "because nothing in it is named after a split"
     assignment = f"'{name}': {unit} {verb} to splits ({shares}), {reason}."
+    if unit == "each document" and set(assigned) == {"train"} and len(split_fractions) > 1:
+        assignment = f"'{name}': all texts are for training, because they are too short to be cut into splits."
     if not assigned:
         return CorpusManifest(name, split_parts, pool, split_fractions, left_out, assignment)
     return CorpusManifest(name, {**split_parts, **assigned}, left_out=left_out, assignment=assignment)

@@ -160,3 +160,6 @@ def test_a_text_without_words_for_each_split_is_not_cut(tmp_path: Path) -> None:
     assert {split: [document.id for document in corpus.split_parts[split]] for split in corpus.splits} == {
         "train": ["blank.txt", "short.txt"]
     }
+    assert corpus.notes == [
+        f"'{tmp_path}': all texts are for training, because they are too short to be cut into splits."
+    ]
