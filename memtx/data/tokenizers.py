@@ -190,8 +190,11 @@ class BackendTokenizer(Tokenizer):
     def token_contents(self, ids: Sequence[int], *, continues: bool) -> list[bytes]:
         """Return the bytes of each token of a text, or of a part of one that ``continues`` other tokens."""
         contents = [self._speller.token_bytes(token_id) for token_id in ids]
-        if contents and not continues:
-            contents[0] = self._speller.first_token_bytes(ids[0])
+        if not continues:
+            for index, token_id in enumerate(ids):
+                if self._speller.spelling(token_id) is not None:  # special tokens may come before it
+                    contents[index] = self._speller.first_token_bytes(token_id)
+                    break
         return contents
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -69,12 +69,14 @@ class TokenLogprob:
         logprob: Log-probability in nats, before temperature and filters; None for a begin token in a prompt.
         top_logprobs: Ids and log-probabilities of the most likely tokens at its position, best first.
         text_offset: Number of complete characters before the token.
+        content: Bytes of the text that it stands for, which may lack a space that the token spells.
     """
 
     token: int
     logprob: float | None
     top_logprobs: tuple[tuple[int, float], ...]
     text_offset: int
+    content: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,8 @@ class TokenGenerator:
         self._silent_token_ids = self._end_token_ids | set(tokenizer.eos_token_ids)
         # Published models are trained to predict whatever their texts hold; ours never see a begin token as a label.
         self._excluded_ids = set() if tokenizer.eos_token_ids else set(tokenizer.bos_token_ids)
-        self._decoder = tokenizer.decoder(continues=last_token != tokenizer.bos_token_id, pending=incomplete_bytes)
+        self._continues = last_token != tokenizer.bos_token_id
+        self._decoder = tokenizer.decoder(continues=self._continues, pending=incomplete_bytes)
         self._random = Random(config.seed % 2**64)  # which would ignore the sign
         self._num_decoded_chars = self._num_emitted_chars = 0
         self._pending_logprobs: deque[TokenLogprob] = deque()
@@ -175,7 +178,9 @@ class TokenGenerator:
         # Of the end token too, which has no text: clients of OpenAI's API count on one entry per generated token.
         if self.config.logprobs is not None:
             offset = self._num_decoded_chars + self._decoder.num_held_chars
-            entry = TokenLogprob(sampled.token, sampled.logprob, sampled.top_logprobs, offset)
+            continues = self._continues or self.num_generated > 1
+            (content,) = self.tokenizer.token_contents([sampled.token], continues=continues)
+            entry = TokenLogprob(sampled.token, sampled.logprob, sampled.top_logprobs, offset, content)
             self._pending_logprobs.append(entry)
         if self.next_token in self._end_token_ids:
             self.finish_reason = "stop"

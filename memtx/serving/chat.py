@@ -45,12 +45,12 @@ class ChatFormatter(CompletionFormatter):
         return self.format_choice(index, "", is_delta=True) | {"delta": {"role": "assistant", "content": ""}}
 
     def _format_entry(self, entry: TokenLogprob) -> dict[str, Any]:
-        top = [self._format_token(token, logprob) for token, logprob in entry.top_logprobs]
-        return self._format_token(entry.token, entry.logprob or 0.0) | {"top_logprobs": top}
+        top = [_format_token(self.tokenizer.token_bytes(token), logprob) for token, logprob in entry.top_logprobs]
+        return _format_token(entry.content, entry.logprob or 0.0) | {"top_logprobs": top}
 
-    def _format_token(self, token: int, logprob: float) -> dict[str, Any]:
-        content = list(self.tokenizer.token_bytes(token))
-        return {"token": format_token(self.tokenizer, token), "logprob": logprob, "bytes": content}
+
+def _format_token(content: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": format_token(content), "logprob": logprob, "bytes": list(content)}
 
 
 @router.post("/v1/chat/completions")

@@ -9,7 +9,6 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 from anyio import CancelScope, to_thread
@@ -31,9 +30,8 @@ OutputStream = AsyncIterator[tuple[int, TextDelta]]
 """Pairs of a text's index and its next piece."""
 
 
-def format_token(tokenizer: Tokenizer, token: int) -> str:
+def format_token(content: bytes) -> str:
     """Return the text of a token, with incomplete characters as escaped bytes in OpenAI's notation."""
-    content = tokenizer.token_bytes(token)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:
@@ -47,10 +45,10 @@ def name_top_tokens(tokenizer: Tokenizer, entry: TokenLogprob) -> dict[str, floa
     """
     if entry.logprob is None:
         return {}
-    named = {format_token(tokenizer, entry.token): entry.logprob}
+    named = {format_token(entry.content): entry.logprob}
     for token, logprob in entry.top_logprobs:
         if token != entry.token:
-            text = format_token(tokenizer, token)
+            text = format_token(tokenizer.token_bytes(token))
             named[f"token_id:{token}" if text in named else text] = logprob
     return named
 
@@ -72,8 +70,9 @@ def get_prompt_logprobs(
             if not is_unscored and result.top_tokens is not None and result.top_logprobs is not None:
                 top = tuple(zip(result.top_tokens[index].tolist(), result.top_logprobs[index].tolist(), strict=True))
             logprob = None if is_unscored else -float(result.nll[index])
-            logprobs.append(TokenLogprob(token, logprob, top, offset))
-            offset += len(decoder.decode(result.token_bytes[index]))
+            content = result.token_bytes[index]
+            logprobs.append(TokenLogprob(token, logprob, top, offset, content))
+            offset += len(decoder.decode(content))
     return logprobs
 
 
@@ -124,9 +123,8 @@ class CompletionFormatter:
         return {"id": self.id, "object": name, "created": self.created, "model": self.model, **self.extra_fields}
 
     def _format_logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, Any]:
-        to_text = partial(format_token, self.tokenizer)
         return {
-            "tokens": [to_text(entry.token) for entry in logprobs],
+            "tokens": [format_token(entry.content) for entry in logprobs],
             "token_logprobs": [entry.logprob for entry in logprobs],
             "top_logprobs": [name_top_tokens(self.tokenizer, entry) or None for entry in logprobs],
             "text_offset": [entry.text_offset for entry in logprobs],

@@ -16,13 +16,14 @@ pytest.importorskip("httpx", reason="the package 'httpx' is not installed")
 
 from fastapi.testclient import TestClient
 
-from memtx.data.tokenizers import ByteTokenizer, Tokenizer
+from memtx.data.tokenizers import BytePairTokenizer, ByteTokenizer, Tokenizer
 from memtx.inference.deadline import DeadlineExceededError
 from memtx.inference.reader import SegmentResult, StreamReader
 from memtx.inference.sessions.pool import SessionPool
 from memtx.serving.app import create_app
 from memtx.serving.limits import Limits
 from memtx.serving.responses import get_prompt_logprobs
+from tests.data.tokenizer_zoo import PARAGRAPHS, backend_json
 from tests.inference.conftest import TEXT, tiny_model
 from tests.serving.test_app import error
 
@@ -81,6 +82,24 @@ def test_the_token_itself_is_among_the_likely_ones_under_its_own_text(tmp_path: 
             check(echoed(web, "banana " * 8, logprobs=count), count)
             options: dict[str, Any] = {"max_tokens": 30, "logprobs": count, "temperature": 3, "seed": 4}
             check(complete(web, **options).json()["choices"][0]["logprobs"], count)
+
+
+@pytest.mark.parametrize("name", ["llama2", "gemma", "metaspace-first+added", "bert", "t5", "qwen"])
+def test_a_text_begins_with_its_token_at_every_offset(name: str, tmp_path: Path) -> None:
+    tokenizer = BytePairTokenizer.from_backend_json(backend_json(name), 0)
+    tokenizer._restore({"bos_token_id": 1})
+    with client(tmp_path, tokenizer, tokenizer.vocab_size) as web:
+        text = f"{' '.join(PARAGRAPHS)} \U0001f642"
+        ids, options = tokenizer.encode(text).tolist(), {"max_tokens": 20, "temperature": 0.0, "logprobs": 2}
+        choices = [complete(web, prompt, **options).json()["choices"][0] for prompt in ([1], ids[:9])]
+        prompts = (text, ids, [2, *ids])  # the last one begins with a special token
+        choices += [complete(web, prompt, echo=True, logprobs=2).json()["choices"][0] for prompt in prompts]
+    assert choices[2]["text"] == text
+    for choice in choices:
+        logprobs = choice["logprobs"]
+        for offset, token in zip(logprobs["text_offset"], logprobs["tokens"], strict=True):
+            assert token.startswith("bytes:") or choice["text"][offset:].startswith(token)
+    assert "bytes:" in str(choices[2]["logprobs"]["tokens"]) or "".join(choices[2]["logprobs"]["tokens"]) == text
 
 
 def test_two_ids_of_one_text_are_told_apart(tmp_path: Path) -> None:
