@@ -18,7 +18,7 @@ from memtx.layers.attention import MemoryAttention
 from memtx.layers.block import Block
 from memtx.layers.positions.base import NoPositions
 from memtx.memory.base import ContentAttention, EntryPositions, LayerActivations, Losses, Memory, View
-from memtx.memory.recurrent import RecurrentMemory, RecurrentState
+from memtx.memory.recurrent import RecurrentMemory, RecurrentState, update_cache
 from memtx.ops.attention.mask import KeyRange, Visibility, create_mask
 from memtx.ops.cpu.linear import Linear
 from memtx.segment import INFINITE_OFFSET, Segment
@@ -74,7 +74,9 @@ class TransformerXLMemory(RecurrentMemory):
     def read(self, state: RecurrentState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Open [cache | segment]."""
         settings = (TransformerXLMemory, self.window, self.same_length)
-        return View((state.hidden.to(x.dtype), x), segment.memo(settings, lambda: self._entry_positions(segment)))
+        cache = state.hidden.to(x.dtype)
+        entry_positions = segment.memo(settings, lambda: self._entry_positions(segment))
+        return View((cache, x), entry_positions, next_state=RecurrentState(update_cache(cache, x, segment)))
 
     def _entry_positions(self, segment: Segment) -> EntryPositions:
         offset = torch.arange(-self.cache_length, segment.length, device=segment.position.device)[None]

@@ -58,8 +58,8 @@ class ErnieDocMemory(RecurrentMemory):
 
     def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[ErnieDocState, Losses]:
         """Keep the newest inputs; :meth:`on_layer_output` adds the outputs."""
-        cache, x = view.parts
-        return ErnieDocState(update_cache(cache, x, segment), view.context), {}
+        state, _ = super().write(view, segment, activations)
+        return ErnieDocState(state.hidden, view.context), {}
 
     def on_layer_output(self, state: RecurrentState, outputs: Tensor, segment: Segment) -> ErnieDocState:
         """Keep the newest outputs, and put them into the cache of streams whose interval ends with this segment."""

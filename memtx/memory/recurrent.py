@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memtx.errors import check_at_least
-from memtx.memory.base import ContentAttention, EntryPositions, LayerActivations, Losses, Memory, View
+from memtx.memory.base import ContentAttention, EntryPositions, Memory, View
 from memtx.memory.kv_ring import RingLayout
 from memtx.memory.parts import gather_entries
 from memtx.ops.attention.mask import KeyRange, Visibility
@@ -58,15 +58,13 @@ class RecurrentMemory(Memory[RecurrentState]):
         return RecurrentState(like.new_zeros(batch_size, self.cache_length, self.dim))
 
     def read(self, state: RecurrentState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
-        """Open [cache | segment]."""
-        settings = (self.cache_length, self.window if self.same_length else None)
+        """Open [cache | segment], without entries that no document has yet."""
+        num_cached = min(count_past_tokens(segment), self.cache_length)
+        settings = (num_cached, self.window if self.same_length else None)
         entry_positions = segment.memo((RecurrentMemory, *settings), lambda: sliding_window(segment, *settings))
-        return View((state.hidden.to(x.dtype), x), entry_positions)
-
-    def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[RecurrentState, Losses]:
-        """Keep the newest inputs."""
-        cache, x = view.parts
-        return RecurrentState(update_cache(cache, x, segment)), {}
+        cache = state.hidden.to(x.dtype)
+        next_state = RecurrentState(update_cache(cache, x, segment))
+        return View((cache[:, self.cache_length - num_cached :], x), entry_positions, next_state=next_state)
 
     def ring_layout(self) -> RingLayout | None:
         """Return one slot per position of the window, or None if visibility depends on segmentation."""
@@ -83,6 +81,18 @@ class RecurrentMemory(Memory[RecurrentState]):
     def compress_block(self, block: Tensor, recent: Tensor, attention: ContentAttention) -> Tensor:
         """Return the only state of each block, uncompressed."""
         return block[:, 0]
+
+
+def count_past_tokens(segment: Segment) -> int:
+    """Return the tokens read so far in the longest open document, or a larger number where reading it would wait.
+
+    A model with a window of 100,000 tokens then projects a short text's entries instead of 100,000 zeros.
+    """
+    is_plain = type(segment.past_length) is Tensor and not torch.compiler.is_compiling()
+    if segment.past_length.device.type != "cpu" or not is_plain:
+        return INFINITE_OFFSET
+    num_tokens: int = segment.memo("past tokens", lambda: int(segment.past_length.max()))
+    return num_tokens
 
 
 def locate_entries(segment: Segment, cache_length: int) -> tuple[Tensor, Tensor, Tensor]:
