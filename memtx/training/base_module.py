@@ -97,6 +97,9 @@ class BaseModule(pl.LightningModule):
     def evaluate_batch(self, stage: str, batch: Any, batch_idx: int) -> None:
         """Update and log the metrics of a stage, "val" or "test"."""
 
+    def log_at_epoch_end(self, stage: str) -> None:
+        """Log the metrics that :meth:`evaluate_batch` does not; a subclass may override it."""
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Evaluate a validation batch."""
         self.evaluate_batch("val", batch, batch_idx)
@@ -179,9 +182,14 @@ class BaseModule(pl.LightningModule):
         averaging.swap_average(self.trainer, self)
 
     def on_validation_epoch_end(self) -> None:
-        """Step a plateau schedule, and train on."""
+        """Log metrics, step a plateau schedule, and train on."""
+        self.log_at_epoch_end("val")
         self._step_plateau_schedule()
         averaging.swap_average(self.trainer, self)
+
+    def on_test_epoch_end(self) -> None:
+        """Log metrics."""
+        self.log_at_epoch_end("test")
 
     def on_train_epoch_end(self) -> None:
         """Step a plateau schedule if the run does not validate."""

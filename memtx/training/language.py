@@ -170,13 +170,13 @@ class LanguageModule(BaseModule):
         """Return the negative log-likelihood of each label in nats, ``(batch, length)``."""
         return self._read("predict", batch, self._initial_state("predict", batch, batch_idx)).nll
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the gain from memory, in total and by distance."""
-        if self.memory_gain is not None:
+    def log_at_epoch_end(self, stage: str) -> None:
+        """Log the word perplexity and, in validation, the gain from memory, in total and by distance."""
+        self.metrics.log_word_perplexity(self, stage)
+        if stage == "val" and self.memory_gain is not None:
             # The same on all ranks: their mean is that, too.
             values = {f"val_{name}": value for name, value in self.memory_gain.compute_and_reset().items()}
             self.log_dict(values, sync_dist=True)
-        super().on_validation_epoch_end()
 
     def on_validation_end(self) -> None:
         """Free the state of validation."""

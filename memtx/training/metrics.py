@@ -43,7 +43,7 @@ class LanguageMetrics(nn.ModuleDict):
     def update_and_log(
         self, module: pl.LightningModule, stage: str, batch: Batch, nll_sum: Tensor, num_scored: Tensor
     ) -> None:
-        """Add a batch to the metrics of a stage, "val" or "test", and log them.
+        """Add a batch to the metrics of a stage, "val" or "test", and log all but the word perplexity.
 
         ``nll_sum``, ``()`` float64, is the sum over the ``num_scored`` labels, ``()``, in nats.
         """
@@ -53,10 +53,22 @@ class LanguageMetrics(nn.ModuleDict):
         self._get_metric(stage, "bits_per_character").update(nll_sum, num_chars)
         self._get_metric(stage, "loss").update(nll_sum / num_scored.clamp(min=1), num_scored)
         # On every rank, whatever it scored: the others would wait forever for a rank that logs nothing.
-        for name in ("bits_per_byte", "bits_per_character", "word_perplexity", "loss"):
+        for name in ("bits_per_byte", "bits_per_character", "loss"):
             metric, batch_size = self._get_metric(stage, name), batch.tokens.shape[0]
-            show = name in ("bits_per_byte", "word_perplexity")
+            show = name == "bits_per_byte"
             module.log(f"{stage}_{name}", metric, prog_bar=show, on_step=False, on_epoch=True, batch_size=batch_size)
+
+    def log_word_perplexity(self, module: pl.LightningModule, stage: str) -> None:
+        """Log the word perplexity at the end of a stage if it means something, on all ranks alike."""
+        name, metric = f"{stage}_word_perplexity", self._get_metric(stage, "word_perplexity")
+        value = metric.compute().float()  # summed over the ranks
+        metric.reset()  # The trainer resets only a metric that is logged itself.
+        if value.isfinite():
+            module.log(name, value, prog_bar=True, sync_dist=True)
+        else:
+            # The trainer keeps the value of an earlier validation.
+            for metrics in (module.trainer.callback_metrics, module.trainer.progress_bar_metrics):
+                metrics.pop(name, None)
 
     def _characters_per_byte(self, module: pl.LightningModule, labels: Tensor) -> Tensor:
         """Return the characters per byte of the scored labels' text, ``()`` float64; 1 without a tokenizer."""

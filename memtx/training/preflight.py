@@ -52,6 +52,9 @@ def check_monitors(trainer: pl.Trainer, module: pl.LightningModule, logged: set[
     names = {name for name in names if not name.startswith(("test_",) if validates else ("test_", "val_"))}
     prefixes = ("memory_rms_", "lr-", *(["val_memory_gain"] if validates else []))
     for owner, monitor in _find_monitors([*callbacks, schedule]):
+        if monitor == "val_word_perplexity":
+            problem = f"{owner} monitors '{monitor}', which is left out where it means nothing, as early in training."
+            raise MemtxError(problem, "Monitor val_bits_per_byte, which ranks checkpoints in the same order.")
         is_aux_loss = monitor.startswith("train_") and not difflib.get_close_matches(monitor, names, cutoff=0.85)
         if monitor in names or is_aux_loss or monitor.startswith(prefixes):
             continue

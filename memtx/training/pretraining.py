@@ -218,3 +218,7 @@ class CausalModule(BaseModule):
         """Update and log the metrics of a stage."""
         nll = self._nll(batch).double()
         self.metrics.update_and_log(self, stage, batch, nll.sum(), torch.tensor(len(nll), device=nll.device))
+
+    def log_at_epoch_end(self, stage: str) -> None:
+        """Log the word perplexity."""
+        self.metrics.log_word_perplexity(self, stage)

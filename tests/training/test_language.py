@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from memtx.data.books import BookDataModule
 from memtx.errors import MemtxError
 from memtx.metrics import MAX_WORD_PERPLEXITY
 from memtx.models.memory_transformer import MemoryTransformer
+from memtx.training.csv_logger import ResumableCSVLogger
 from memtx.training.language import LanguageModule
 from tests.training.small import SEGMENT, Record, data, module, sgd, trainer
 
@@ -87,7 +89,11 @@ class Keep(pl.Callback):
             self.saved[path] = metrics
 
 
-def test_metrics_in_training_equal_those_of_evaluation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [MAX_WORD_PERPLEXITY, math.inf])
+def test_metrics_in_training_equal_those_of_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float
+) -> None:
+    monkeypatch.setattr("memtx.metrics.MAX_WORD_PERPLEXITY", limit)
     keep = Keep(tmp_path)
     trainer(tmp_path, keep, max_steps=6, val_check_interval=3).fit(module(), datamodule=data(tmp_path))
     assert len(keep.saved) == 2
@@ -95,6 +101,7 @@ def test_metrics_in_training_equal_those_of_evaluation(tmp_path: Path) -> None:
         fresh = trainer(tmp_path)
         (evaluated,) = fresh.validate(module(seed=5), datamodule=data(tmp_path), ckpt_path=str(path), verbose=False)
         assert evaluated == metrics
+        assert ("val_word_perplexity" in metrics) == math.isinf(limit)
     assert len({tuple(metrics.values()) for metrics in keep.saved.values()}) == 2
 
 
@@ -113,9 +120,37 @@ def test_metrics_equal_those_of_whole_documents(tmp_path: Path, batch_size: int,
     words, size = sum(len(text.split()) for text in content), sum(map(len, content))
     # The model is not trained, and then word perplexity means nothing.
     assert math.exp(sum(nats) / words) > MAX_WORD_PERPLEXITY
-    assert math.isnan(metrics["test_word_perplexity"])
+    assert "test_word_perplexity" not in metrics
     assert metrics["test_bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / size, **CLOSE)
     assert metrics["test_loss"] == pytest.approx(sum(nats) / sum(int(length) - 1 for length in store.lengths), **CLOSE)
+
+
+def test_word_perplexity_is_logged_only_where_it_means_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each validation logs its own value or none, not one of an earlier validation, and never NaN."""
+
+    class Limit(Keep):
+        def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            limit = math.inf if trainer.global_step in (4, 6) else MAX_WORD_PERPLEXITY
+            monkeypatch.setattr("memtx.metrics.MAX_WORD_PERPLEXITY", limit)
+
+    keep, logger = Limit(tmp_path), ResumableCSVLogger(str(tmp_path / "run"))
+    options: dict[str, Any] = {"max_steps": 8, "val_check_interval": 2, "logger": logger, "log_every_n_steps": 2}
+    trainer(tmp_path, keep, **options).fit(module(), datamodule=data(tmp_path))
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["val_loss"]]
+    assert [bool(row["val_word_perplexity"]) for row in rows] == [False, True, True, False]
+    values = [metrics.get("val_word_perplexity") for metrics in keep.saved.values()]
+    assert values[0] is None
+    assert values[3] is None
+    content = [path.read_bytes() for path in (tmp_path / "books" / "validation").iterdir()]
+    words, size = sum(len(text.split()) for text in content), sum(map(len, content))
+    for value, metrics in list(zip(values, keep.saved.values(), strict=True))[1:3]:
+        assert value == pytest.approx(
+            2 ** (metrics["val_bits_per_byte"] * size / words), rel=1e-4
+        )  # a power: digits lost
+    assert not any(math.isnan(value) for metrics in keep.saved.values() for value in metrics.values())
 
 
 def test_bits_per_character_of_texts_whose_characters_have_several_bytes(tmp_path: Path) -> None:

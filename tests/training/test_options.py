@@ -123,6 +123,7 @@ def test_numbers_are_checked_before_the_first_step(tmp_path: Path, options: dict
         (EarlyStopping("val_accuracy"), {}, "val_accuracy', which is never logged.*Logged: .*val_bits"),
         (EarlyStopping("val_loss"), {"limit_val_batches": 0}, "no validation.*train_loss"),
         (BestCheckpoint(monitor="bits_per_byte"), {}, "BestCheckpoint.*Did you mean 'val_bits_per_byte'"),
+        (EarlyStopping("val_word_perplexity"), {}, "left out where it means nothing.*Monitor val_bits_per_byte"),
         (pl.callbacks.ModelCheckpoint(monitor="loss"), {}, "ModelCheckpoint monitors 'loss'"),
     ],
 )

@@ -110,7 +110,7 @@ def optimizer_tensors(run: pl.Trainer) -> dict[str, Tensor]:
 
 def metrics(run: Path) -> list[tuple[str, ...]]:
     """Return what metrics.csv says of each step, without how long it took."""
-    columns = ("step", "train_loss", "train_bits_per_byte", "val_loss", "val_bits_per_byte", "val_word_perplexity")
+    columns = ("step", "train_loss", "train_bits_per_byte", "val_loss", "val_bits_per_byte", "val_bits_per_character")
     with (run / "metrics.csv").open() as file:
         lines = [tuple(row[name] for name in columns) for row in csv.DictReader(file)]
     return [row for row in lines if any(row[1:])]

@@ -35,9 +35,7 @@ _SHORT_NAMES = {
 
 
 def _format_metrics(metrics: Mapping[str, Any], names: tuple[tuple[str, str, str], ...]) -> str:
-    # A metric that means nothing yet is NaN.
-    values = [(label, float(metrics[name]), spec) for name, label, spec in names if name in metrics]
-    return "".join(f"  {label} {value:{spec}}" for label, value, spec in values if not math.isnan(value))
+    return "".join(f"  {label} {float(metrics[name]):{spec}}" for name, label, spec in names if name in metrics)
 
 
 def format_duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ import rich
 
 from memtx.checkpoint import trainer_state
 from memtx.checkpoint.training import BestCheckpoint
+from memtx.metrics import MAX_WORD_PERPLEXITY
 from memtx.training.callbacks.progress import PlainProgress, StepProgressBar, format_duration
 from tests.training.small import data, module, trainer
 
@@ -53,11 +54,14 @@ def test_a_line_per_interval(tmp_path: Path) -> None:
     assert written[-1].endswith("0 s left")
 
 
-def test_a_line_per_validation(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("limit", "perplexity"), [(MAX_WORD_PERPLEXITY, ""), (math.inf, r"  word perplexity \d\S*")])
+def test_a_line_per_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: float, perplexity: str) -> None:
+    """Without a word perplexity that means nothing, as that of an untrained model."""
+    monkeypatch.setattr("memtx.metrics.MAX_WORD_PERPLEXITY", limit)
     written = lines(tmp_path, 1e9, limit_val_batches=1.0, val_check_interval=5)
     assert len(written) == 2
-    pattern = r"step {}/12  validation  loss \d\.\d{{3}}  bits/byte \d\.\d{{4}}  word perplexity \S+"
-    pattern += r"  memory gain -?\d\.\d{{4}}"
+    pattern = r"step {}/12  validation  loss \d\.\d{{3}}  bits/byte \d\.\d{{4}}  bits/character \d\.\d{{4}}"
+    pattern += perplexity + r"  memory gain -?\d\.\d{{4}}"
     assert re.fullmatch(pattern.format(5), written[0])
     assert re.fullmatch(pattern.format(10), written[1])
 
