@@ -22,7 +22,7 @@ PAGES = [*sorted((ROOT / "configs").glob("*.yaml")), ROOT / "README.md", ROOT / 
 # A file imports from lower rows only; the longest prefix of its name determines its row.
 ROWS = [
     ("errors",),
-    ("files", "memo"),
+    ("files", "memo", "word_measure"),
     ("class_config", "metrics", "plots", "state_compression"),
     ("state", "segment"),
     ("ops", "data"),

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from memtx.errors import MemtxError
 from memtx.inference.reader import Totals
-from memtx.metrics import MAX_WORD_PERPLEXITY, AnswerExactMatch, AnswerF1, BitsPerByte, SpanF1, WordPerplexity
+from memtx.metrics import AnswerExactMatch, AnswerF1, BitsPerByte, SpanF1, WordPerplexity
+from memtx.word_measure import MAX_WORD_PERPLEXITY
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e4), st.integers(1, 10_000)), min_size=1, max_size=10))

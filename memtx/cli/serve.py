@@ -71,7 +71,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
     def announce(address: str) -> None:
         sys.stderr.write(f"memtx: serving '{name}' at {address} ({description}); Ctrl-C stops\n")
-        route, body = ("predict", {"input": "TEXT"}) if is_task else ("completions", {"prompt": "Once"})
+        route, body = ("predict", {"input": "TEXT"}) if is_task else ("completions", {"model": name, "prompt": "Once"})
         words = ("curl", f"{address}/v1/{route}", "-H", "Content-Type: application/json", "-d", json.dumps(body))
         key = f' -H "Authorization: Bearer ${API_KEY_VARIABLE}"' if api_key else ""  # the key itself is a secret
         sys.stderr.write(f"Try it with: {shlex.join(words)}{key}\n")

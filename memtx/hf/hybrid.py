@@ -20,7 +20,7 @@ from memtx.layers.positions.base import NoPositions
 from memtx.memory.gated_delta_net import GatedDeltaNet
 from memtx.models.memory_transformer import MemoryTransformer
 
-MEMORY = "blocks.{}.attention.memory."
+MEMORY = "blocks.{}.attention.mixer."
 DELTA_KEYS = {
     MEMORY + "conv_weight": ["layers.{}.linear_attn.conv1d.weight"],
     MEMORY + "log_decay_rate": ["layers.{}.linear_attn.A_log"],
@@ -109,9 +109,9 @@ def build_qwen3_next(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryT
     def special_entries(name: str, tensor: Tensor) -> list[WeightEntry] | None:
         layer = name.split(".")[1]
         part = name.removeprefix(f"blocks.{layer}.")
-        if part in ("attention.memory.qkv.weight", "attention.memory.write_gate.weight"):
+        if part in ("attention.mixer.qkv.weight", "attention.mixer.write_gate.weight"):
             return list(_joined_by_key_head(config, name, layer))
-        if part in ("attention.memory.output_gate.weight", "attention.memory.decay_gate.weight"):
+        if part in ("attention.mixer.output_gate.weight", "attention.mixer.decay_gate.weight"):
             return []  # stored together with qkv and write_gate
         if part in ("feed_forward.gate_up", "feed_forward.out") and tensor.dim() == 3:
             return list(_expert_entries(name, tensor, f"layers.{layer}.mlp.experts", has_split_experts))
@@ -147,9 +147,9 @@ def build_olmo_hybrid(hf_checkpoint: HFCheckpoint, window: int | None) -> Memory
     def special_entries(name: str, tensor: Tensor) -> list[WeightEntry] | None:
         keys = [f"layers.{name.split('.')[1]}.linear_attn.{part}_conv1d.weight" for part in "qkv"]
         widths = [key_heads * key_dim, key_heads * key_dim]
-        if name.endswith(".memory.qkv.weight"):
+        if name.endswith(".mixer.qkv.weight"):
             keys = OLMO.candidate_keys(name)
-        elif name.endswith(".memory.conv_weight") and all(key in shapes for key in keys):
+        elif name.endswith(".mixer.conv_weight") and all(key in shapes for key in keys):
             # transformers 5 writes thirds, the published folders the parts' own widths.
             widths = [shapes[key][0] for key in keys[:2]]
         else:

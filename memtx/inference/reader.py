@@ -19,9 +19,9 @@ from memtx.data.tokenizers import Tokenizer
 from memtx.errors import CheckpointError, DataError, check_at_least
 from memtx.inference.batching import ScoreOutput, ScoreRequest, score_segments
 from memtx.inference.incremental_tokenizer import IncrementalTokenizer, TokenizedText
-from memtx.metrics import MAX_WORD_PERPLEXITY, is_word_measure
 from memtx.models.recurrent_lm import RecurrentLanguageModel
 from memtx.state import MemoryState
+from memtx.word_measure import MAX_WORD_PERPLEXITY, is_word_measure
 
 
 @dataclass(frozen=True)

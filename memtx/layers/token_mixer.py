@@ -38,16 +38,22 @@ class TokenMixer(nn.Module):
 
     def __init__(self, memory: Memory[Any]) -> None:
         super().__init__()
-        self.memory = memory
+        # Not "memory", which names the parameters that a trained model is given beside its own.
+        self.mixer = memory
+
+    @property
+    def memory(self) -> Memory[Any]:
+        """The memory."""
+        return self.mixer
 
     @property
     def memories(self) -> tuple[Memory[Any], ...]:
         """The memory."""
-        return (self.memory,)
+        return (self.mixer,)
 
     @property
     def _standalone(self) -> StandaloneMemory:
-        return cast("StandaloneMemory", self.memory)
+        return cast("StandaloneMemory", self.mixer)
 
     def forward(self, x: Tensor, state: tuple[Any, ...], segment: Segment) -> tuple[Tensor, tuple[Any, ...], Losses]:
         """Return the output for x, both ``(batch, length, dim)``, the next state and no losses."""
@@ -73,4 +79,4 @@ class TokenMixer(nn.Module):
 
     def reset_parameters(self, std: float, residual_std: float) -> None:
         """Initialize the linear layers; other parameters stay as the memory's constructor set them."""
-        reset_linear(self.memory, std, residual_std)
+        reset_linear(self.mixer, std, residual_std)

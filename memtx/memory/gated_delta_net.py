@@ -119,17 +119,17 @@ class GatedDeltaNet(Memory[GatedDeltaNetState]):
         qkv = self.qkv(x)
         q, k, v = torch.split(self._convolve(state.conv_inputs.to(qkv.dtype), qkv, segment), self.widths, dim=-1)
         beta, log_decay = self._gates(x)
+        document_starts = segment.position == 0
         if segment.valid_length is not None:
-            # Padding neither writes nor decays.
+            # Padding neither writes, decays nor starts a document.
             index = torch.arange(segment.length, device=x.device)
             is_padding = segment.memo("padding", lambda: index >= segment.valid_length[:, None])[:, None]  # type: ignore[index]
             beta = beta.masked_fill(is_padding, 0.0)
+            document_starts = document_starts & ~is_padding[:, 0]
             log_decay = log_decay.masked_fill(is_padding if log_decay.dim() == 3 else is_padding[..., None], 0.0)
         dtype = beta.dtype
         q, k, v = self._address(q, dtype) * self.key_dim**-0.5, self._address(k, dtype), split_heads(v, self.heads)
-        out, matrix = gated_delta_rule(
-            q, k, v.to(dtype), beta, log_decay, state.matrix.to(dtype), segment.position == 0
-        )
+        out, matrix = gated_delta_rule(q, k, v.to(dtype), beta, log_decay, state.matrix.to(dtype), document_starts)
         return self._output(merge_heads(out), x), GatedDeltaNetState(
             matrix, update_cache(state.conv_inputs.to(qkv.dtype), qkv, segment)
         )

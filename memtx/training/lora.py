@@ -25,6 +25,9 @@ from memtx.errors import (
 )
 from memtx.models.memory_transformer import MemoryTransformer
 
+DEFAULT_TARGETS = ("attention.query", "attention.key_value", "attention.mixer.qkv")
+"""Queries, keys and values of layers with attention and of those with a memory in its place."""
+
 
 class LoRA:
     """Adds low-rank matrices to linear layers of a model: W x becomes W x + (alpha / rank) B A x.
@@ -37,18 +40,15 @@ class LoRA:
         alpha: Scale of B A is ``alpha / rank``.
         dropout: Dropout rate of A's input.
         target_modules: Patterns of names within a layer, such as ``attention.query``, ``attention.key_value`` (both in
-            one), ``attention.out`` and ``feed_forward.*``; linear layers of memories are never adapted.
+            one), ``attention.out`` and ``feed_forward.*``; linear layers of memories are never adapted, except for a
+            memory in place of attention, ``attention.mixer.*``. Defaults to queries, keys and values.
 
     Raises:
         MemtxError: A number is out of range, ``target_modules`` is empty, or peft is not installed.
     """
 
     def __init__(
-        self,
-        rank: int = 8,
-        alpha: float = 16.0,
-        dropout: float = 0.0,
-        target_modules: Sequence[str] = ("attention.query", "attention.key_value"),
+        self, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0, target_modules: Sequence[str] = DEFAULT_TARGETS
     ) -> None:
         check_at_least(1, rank=rank)
         check_positive(alpha=alpha)
@@ -126,6 +126,8 @@ def _match_targets(layer_names: Iterable[str], target_modules: Sequence[str]) ->
     """Return the layer names that match a pattern; raise MemtxError for a pattern without a match."""
     short_names = {name: name.partition(".")[2] for name in layer_names}
     for target in target_modules:
+        if tuple(target_modules) == DEFAULT_TARGETS and any(name in DEFAULT_TARGETS for name in short_names.values()):
+            continue  # few models have both kinds of layers
         if not any(fnmatchcase(name, target) for name in short_names.values()):
             names = list(dict.fromkeys(short_names.values()))
             raise MemtxError(

@@ -113,11 +113,11 @@ def write_published(folder_parent: Path) -> tuple[Path, Path]:
     """Write a Hugging Face folder and a text; return both."""
     tokenizer = BytePairTokenizer(vocab_size=300)
     tokenizer.train(["some words, and some other words. " * 50])
-    config = {**plain.LLAMA, "vocab_size": 320, "hidden_size": 24, "max_position_embeddings": 64}
+    config = {**plain.LLAMA, "vocab_size": 320, "hidden_size": 24, "max_position_embeddings": 512}
     folder = write(folder_parent / "model", config, plain.llama(config))
     (folder / "tokenizer.json").write_text(json.dumps(json.loads(tokenizer.to_json())["model"]))
     text = folder_parent / "text.txt"
-    text.write_text("some words, and some other words. " * 20)
+    text.write_text("some words, and some other words. " * 120)
     return folder, text
 
 

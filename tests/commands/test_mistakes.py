@@ -229,15 +229,21 @@ def test_invalid_texts_are_one_line(program: Program, workdir: Path) -> None:
 
 
 def test_tokens_outside_the_vocabulary_leave_no_run(program: Program, workdir: Path) -> None:
-    """The tokens are checked when they are read: training has started, but no step is done."""
+    """The tokens are checked when they are read: the model is summarized, but no step is done."""
     write(workdir)
     assert program("prepare", "books", "--output-dir", "tokens", "--num-workers", "1", cwd=workdir).code == 0
     for shard in (workdir / "tokens" / "train").glob("*.bin"):
         shard.write_bytes(b"\xff" * shard.stat().st_size)
     before = files(workdir)
     fit = ("fit", "--config", "c.yaml", "--data.root", "tokens", "--trainer.limit_val_batches", "1")
-    refused(program(*fit, cwd=workdir), "is damaged: it holds token 65535 of 257", "Prepare the data again")
+    result = program(*fit, cwd=workdir)
+    summary, error = result.err[: result.err.find("memtx: ")], result.err[result.err.find("memtx: ") :]
+    assert summary.startswith("  | Name"), result.err
+    assert summary.endswith("Modules in eval mode\n"), result.err
+    result = Done(result.code, result.out, error)
+    refused(result, "is damaged: it holds token 65535 of 257", "Prepare the data again")
     assert files(workdir) == before
+    refused(program(*fit, "--trainer.enable_model_summary", "false", cwd=workdir), "is damaged: it holds token 65535")
 
 
 def test_a_line_of_megabytes_is_a_book(program: Program, workdir: Path) -> None:

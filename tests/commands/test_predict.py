@@ -144,6 +144,7 @@ def test_a_task_model_is_served(workdir: Path) -> None:
         (["--data.task.max_length", "4"], "max_length is 4"),
         (["--model.token_mask_prob", "2"], "token_mask_prob is 2"),
         (["--data.root", "none"], "'none' is no folder"),
+        (["--data.root", "null"], "data.root is not set"),
     ],
 )
 def test_an_error_in_the_config_of_a_task_is_one_line(

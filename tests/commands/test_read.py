@@ -13,7 +13,7 @@ import pytest
 from memtx.cli import read as command
 from memtx.cli.main import main
 from memtx.inference.reader import StreamReader
-from memtx.metrics import MAX_WORD_PERPLEXITY
+from memtx.word_measure import MAX_WORD_PERPLEXITY
 from tests.commands.tiny import BOOK, pretrained
 
 

@@ -82,8 +82,15 @@ def data(root: Path, cache: str, **options: Any) -> BookDataModule:
 
 @pytest.mark.parametrize(
     ("accumulate", "epochs", "rest", "options"),
-    [(1, 0, 5, {}), (3, 0, 4, {}), (1, 1, 0, {}), (3, 1, 3, {}), (2, 2, 1, {"limit_train_batches": 7})],
-    ids=["mid-epoch", "accumulated", "at an epoch's end", "second epoch", "limited epochs"],
+    [
+        (1, 0, 5, {}),
+        (3, 0, 4, {}),
+        (1, 1, 0, {}),
+        (3, 1, 3, {}),
+        (2, 2, 1, {"limit_train_batches": 7}),
+        (2, 1, 1, {"limit_train_batches": 0.25}),
+    ],
+    ids=["mid-epoch", "accumulated", "at an epoch's end", "second epoch", "limited epochs", "a part of each pass"],
 )
 def test_a_resumed_run_sees_the_very_same_batches(
     root: Path, cache: str, tmp_path: Path, accumulate: int, epochs: int, rest: int, options: dict[str, Any]
@@ -93,6 +100,8 @@ def test_a_resumed_run_sees_the_very_same_batches(
     module = data(root, cache)
     trainer(tmp_path, enable_checkpointing=False, **options).fit(recorder, datamodule=module)
     per_epoch = len(module.train_dataloader())
+    if limit := options.get("limit_train_batches"):
+        per_epoch = limit if isinstance(limit, int) else int(per_epoch * limit)
     assert len(recorder.seen) == 3 * per_epoch
     # The last accumulation of an epoch is a step, complete or not.
     steps = epochs * -(-per_epoch // accumulate) + rest

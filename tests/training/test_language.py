@@ -14,10 +14,10 @@ import torch
 from memtx.data.batch import Batch
 from memtx.data.books import BookDataModule
 from memtx.errors import MemtxError
-from memtx.metrics import MAX_WORD_PERPLEXITY
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.csv_logger import ResumableCSVLogger
 from memtx.training.language import LanguageModule
+from memtx.word_measure import MAX_WORD_PERPLEXITY
 from tests.training.small import SEGMENT, Record, data, module, sgd, trainer
 
 # float32: the same numbers, added up in another order

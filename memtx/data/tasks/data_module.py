@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from lightning.pytorch import LightningDataModule
@@ -103,8 +102,8 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
             self._batches = self._restored_position = None
 
     def has_split(self, split: str) -> bool:
-        """Return whether there are examples of a split."""
-        return self.root is not None and find_split(Path(self.root).expanduser(), split) is not None
+        """Return whether there are examples of a split; raises DataError if there is no folder of examples."""
+        return find_split(self.root, split) is not None
 
     def train_dataloader(self) -> TrainingBatches[B]:
         """Return this rank's batches from the position on."""

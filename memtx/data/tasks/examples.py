@@ -197,21 +197,21 @@ def iter_examples(
 
 def split_path(root: str | None, split: str) -> Path:
     """Return the file of a split in a folder of examples; raises DataError if there is none, or several."""
+    if (path := find_split(root, split)) is None:
+        raise DataError(f"'{root}' has no {split}.jsonl.", LAYOUT_HINT)
+    return path
+
+
+def find_split(root: str | None, split: str) -> Path | None:
+    """Return ``SPLIT.jsonl`` of a folder, else the one JSON lines file whose name gives the split, such as dev.jsonl.
+
+    Raises DataError if there are several, or no folder.
+    """
     if root is None:
         raise DataError("data.root is not set, expected a folder of examples.", LAYOUT_HINT)
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise DataError(f"'{root}' is no folder, expected one of examples.", LAYOUT_HINT)
-    if (path := find_split(folder, split)) is None:
-        raise DataError(f"'{root}' has no {split}.jsonl.", LAYOUT_HINT)
-    return path
-
-
-def find_split(folder: Path, split: str) -> Path | None:
-    """Return ``SPLIT.jsonl`` of a folder, else the one JSON lines file whose name gives the split, such as dev.jsonl.
-
-    Raises DataError if there are several.
-    """
     if (folder / f"{split}.jsonl").is_file():
         return folder / f"{split}.jsonl"
     paths = sorted(path for path in folder.glob("*.*") if path.suffix in (".jsonl", ".ndjson") and path.is_file())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memtx import files
 from memtx.data.batch import IGNORE_INDEX, Batch
-from memtx.metrics import is_word_measure
+from memtx.word_measure import is_word_measure
 
 DOCUMENTS_FILE = "documents.jsonl"
 SURPRISAL_FILE = "surprisal.safetensors"

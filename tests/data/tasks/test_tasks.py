@@ -91,7 +91,8 @@ def test_each_task_sets_its_global_tokens() -> None:
         assert prepared.windows[0].global_attention_mask.nonzero()[0].tolist() == [0]
     for prepared in encoded_examples("questions"):
         window = prepared.windows[0]
-        assert window.global_attention_mask.nonzero()[0].tolist() == list(range(len(prepared.encodings[0]) + 2))
+        # [CLS] and the question, not the [SEP] after it, as in published Longformers.
+        assert window.global_attention_mask.nonzero()[0].tolist() == list(range(len(prepared.encodings[0]) + 1))
         assert window.token_type_ids.tolist() == [0] * window.input_start + [1] * (len(window.ids) - window.input_start)
     assert not any(prepared.windows[0].global_attention_mask.any() for prepared in encoded_examples("tagging"))
 
