@@ -14,8 +14,8 @@ import rich
 
 from memtx.checkpoint import trainer_state
 from memtx.checkpoint.training import BestCheckpoint
-from memtx.metrics import MAX_WORD_PERPLEXITY
 from memtx.training.callbacks.progress import PlainProgress, StepProgressBar, format_duration
+from memtx.word_measure import MAX_WORD_PERPLEXITY
 from tests.training.small import data, module, trainer
 
 
