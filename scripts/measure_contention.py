@@ -20,7 +20,7 @@ from pathlib import Path
 
 from training_runs import config_path, last_value, memtx_command, memtx_environment, read_metrics
 
-SPINS = {"libgomp's default": "300000", "GOMP_SPINCOUNT=10000": "10000"}
+SPINS = {"libgomp's default": "300000", "GOMP_SPINCOUNT=30000": "30000"}
 
 
 def run(arguments: list[str], spin: str) -> float:
@@ -59,7 +59,7 @@ def main() -> None:
     cells: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        train(model, 20, "10000")
+        train(model, 20, "30000")
         for load in (0, arguments.busy):
             busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(load)]
             try:

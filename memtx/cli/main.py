@@ -34,7 +34,7 @@ def shorten_openmp_spin(environment: MutableMapping[str, str]) -> None:
     variable when torch is loaded.
     """
     if not any(name in environment for name in OPENMP_WAIT_VARIABLES):
-        environment["GOMP_SPINCOUNT"] = "10000"
+        environment["GOMP_SPINCOUNT"] = "30000"
 
 
 def program_name(argv0: str) -> str:

@@ -131,7 +131,7 @@ def test_the_device_defaults_to_the_best(monkeypatch: pytest.MonkeyPatch, capsys
 def test_openmp_threads_spin_briefly_unless_the_environment_decides() -> None:
     environment: dict[str, str] = {}
     shorten_openmp_spin(environment)
-    assert environment == {"GOMP_SPINCOUNT": "10000"}
+    assert environment == {"GOMP_SPINCOUNT": "30000"}
     for name in OPENMP_WAIT_VARIABLES:
         environment = {name: "1"}
         shorten_openmp_spin(environment)
@@ -154,4 +154,4 @@ def test_a_command_sets_the_spin_before_torch_is_loaded(
         monkeypatch.setenv(name, "7")
     monkeypatch.setenv("PYTHONPATH", str(HOME))
     result = subprocess.run([sys.executable, "-uc", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.stdout.strip() == {None: "10000", "GOMP_SPINCOUNT": "7"}.get(name, "None"), result.stderr
+    assert result.stdout.strip() == {None: "30000", "GOMP_SPINCOUNT": "7"}.get(name, "None"), result.stderr
