@@ -28,7 +28,7 @@ OPENMP_WAIT_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 
 
 def shorten_openmp_spin(environment: MutableMapping[str, str]) -> None:
-    """Let OpenMP's idle threads sleep after 0.1 ms instead of 3 ms, unless the environment says how they wait.
+    """Let OpenMP's idle threads sleep after 0.3 ms instead of 3 ms, unless the environment says how they wait.
 
     Beside other busy processes, threads that spin for each other take the cores that they wait for. libgomp reads the
     variable when torch is loaded.
