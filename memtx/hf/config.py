@@ -191,27 +191,15 @@ ROPE_SCALINGS: dict[str, tuple[Callable[..., RotaryFrequencies], RopeParser] | N
 """Scalings of rotary positions by ``rope_type``; None for unscaled frequencies."""
 
 
-def build_partial_rotary(
-    config: HFConfig, max_length: int, head_dim: int, default_factor: float = 1.0, window: int | None = None
-) -> tuple[Callable[[int, int], Positions], int, int]:
-    """Return what :func:`build_rotary` does and the number of rotated channels of a head.
-
-    Their share is ``partial_rotary_factor``, or ``default_factor`` if config.json omits it.
-    """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    stored = [values.get("partial_rotary_factor") for values in (rope, config) if hasattr(values, "get")]
-    factor = next((value for value in stored if value is not None), default_factor)
-    rotary_dim = int(head_dim * HFConfig({"partial_rotary_factor": factor}).get_float("partial_rotary_factor"))
-    unscaled = HFConfig(
-        {**config.values, "partial_rotary_factor": 1.0, "rope_scaling": None}
-        | {"rope_parameters": {**rope, "partial_rotary_factor": 1.0} if isinstance(rope, dict) else rope}
-    )
-    positions, max_length = build_rotary(unscaled, max_length, window)
-    return partial(positions, rotary_dim=rotary_dim), max_length, rotary_dim
-
-
-def build_rotary(config: HFConfig, max_length: int, window: int | None = None) -> tuple[Callable[..., Positions], int]:
-    """Return the factory of a layer's rotary positions, and the number of positions that the model supports.
+def build_rotary(
+    config: HFConfig,
+    max_length: int,
+    *,
+    head_dim: int | None = None,
+    partial_factor: float = 1.0,
+    window: int | None = None,
+) -> tuple[Callable[[int, int], Positions], int, int | None]:
+    """Return the factory of rotary positions, the number of positions supported, and the rotated channels of a head.
 
     Reads both formats: ``rope_theta`` with ``rope_scaling``, and ``rope_parameters``. Raises CheckpointError if the
     scaling is unknown or lacks an option.
@@ -219,6 +207,9 @@ def build_rotary(config: HFConfig, max_length: int, window: int | None = None) -
     Args:
         config: The config.
         max_length: Number of positions in the config.
+        head_dim: Width of a head, for layouts that may rotate a part of it; None refuses such configs, and no number of
+            rotated channels is returned.
+        partial_factor: Share of rotated channels if config.json omits ``partial_rotary_factor``.
         window: Number of exact positions seen, if it is chosen.
     """
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -228,19 +219,25 @@ def build_rotary(config: HFConfig, max_length: int, window: int | None = None) -
     base = rope.get_float("rope_theta", config.get_float("rope_theta", 10000.0))
     rope_type = str(rope.get("rope_type", rope.get("type", "default")))
     scaling = _look_up(ROPE_SCALINGS, "rope_type", rope_type, "scaling")
-    for values in (config, rope):
-        values.require("partial_rotary_factor", 1.0, "partially rotated heads")
+    rotary_dim = None
+    if head_dim is None:
+        for values in (config, rope):
+            values.require("partial_rotary_factor", 1.0, "partially rotated heads")
+    else:
+        factor = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", partial_factor))
+        rotary_dim = int(head_dim * HFConfig({"partial_rotary_factor": factor}).get_float("partial_rotary_factor"))
     if rope_type == "dynamic":
         max_length = min(max_length, rope.get_int("original_max_position_embeddings", max_length))
     if rope_type == "yarn":
         # Published configs extend a model by rope_scaling alone: max_position_embeddings may be the original length.
         original_length = rope.get_int("original_max_position_embeddings", max_length)
         max_length = max(max_length, int(rope.get_float("factor", 1.0) * original_length))
+    positions = partial(Rotary, base=base) if rotary_dim is None else partial(Rotary, base=base, rotary_dim=rotary_dim)
     if scaling is None:
-        return partial(Rotary, base=base), max_length
+        return positions, max_length, rotary_dim
     scaling_class, parse = scaling
     if rope_type in LONG_ROPE_TYPES:
         # Former configs have the original length beside rope_scaling.
         original = config.get("original_max_position_embeddings")
         rope = HFConfig({"original_max_position_embeddings": original, **parameters, "window": window})
-    return partial(Rotary, base=base, frequencies=partial(scaling_class, **parse(rope, max_length))), max_length
+    return partial(positions, frequencies=partial(scaling_class, **parse(rope, max_length))), max_length, rotary_dim

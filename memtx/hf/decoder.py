@@ -14,6 +14,7 @@ from memtx.hf.checkpoint import HFCheckpoint
 from memtx.hf.config import HFConfig
 from memtx.hf.layout import KeyMapping, RowSlice, WeightEntry, WeightTransform
 from memtx.hf.loader import has_tied_weights, load_weights
+from memtx.layers.feed_forward import SwiGLU
 from memtx.models.memory_transformer import MemoryTransformer
 
 EMBEDDING_KEY, LM_HEAD_KEY = "embed_tokens.weight", "lm_head.weight"
@@ -48,7 +49,12 @@ TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
 """Prefixes of the text part in models of text and images."""
 
 SpecialEntries = Callable[[str, Tensor], "Iterable[WeightEntry] | None"]
-"""Returns the entries of a weight that a layout stores in its own way, given its name; None for other weights."""
+"""Returns the entries of a layer's weight that a layout stores in its own way, given its name; None for others."""
+
+
+def decoder_mapping(hf_keys: Mapping[str, Sequence[str]]) -> KeyMapping:
+    """Return the names of a layout with ``ATTENTION_KEYS`` and others."""
+    return KeyMapping({**ATTENTION_KEYS, **hf_keys}, "model.", ("lm_head.",), EXTRA_PATTERNS)
 
 
 class DecoderConfig(HFConfig):
@@ -74,6 +80,18 @@ class DecoderConfig(HFConfig):
             names = " or ".join(f"'{name}'" for name in known)
             raise CheckpointError(message, f"Name {names} for each of {self.depth} layers.")
         return types
+
+    def sliding_windows(self, window: int | None, default: Sequence[str]) -> list[int | None]:
+        """Return each layer's window by ``layer_types``, None for full attention."""
+        types = self.layer_types("full_attention", "sliding_attention", default=default)
+        return [window if layer_type == "sliding_attention" else None for layer_type in types]
+
+    def build_feed_forward(
+        self, key: str = "hidden_act", default: str = "silu", *, bias: bool = False
+    ) -> Callable[[int], SwiGLU]:
+        """Return the factory of the gated feed-forward part, with the activation that ``key`` names."""
+        activation = self.get_activation(key, default)
+        return partial(SwiGLU, hidden_dim=self.get_int("intermediate_size"), bias=bias, activation=activation)
 
 
 def load_decoder(
@@ -109,8 +127,9 @@ def load_decoder(
     def build_entries(weights: Mapping[str, Tensor]) -> list[WeightEntry]:
         entries: list[WeightEntry] = []
         for name, tensor in weights.items():
-            special = special_entries(name, tensor)
-            is_rotated = rotated_layers is None or not name.startswith("blocks.") or rotated_layers[_layer(name)]
+            is_in_layer = name.startswith("blocks.")
+            special = special_entries(name, tensor) if is_in_layer else None
+            is_rotated = rotated_layers is None or (is_in_layer and rotated_layers[layer_index(name)])
             rotary = (config if is_rotated else None), rotary_dim
             entries += special if special is not None else _standard_entries(name, tensor, mapping, *rotary)
         return entries
@@ -138,6 +157,6 @@ def _standard_entries(
     return [(WeightTransform((RowSlice(name, rotary_heads=heads, rotary_dim=rotary_dim if heads else None),)), keys)]
 
 
-def _layer(name: str) -> int:
+def layer_index(name: str) -> int:
     """Return the layer of a weight's name, ``blocks.LAYER....``."""
     return int(name.split(".")[1])

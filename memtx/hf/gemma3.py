@@ -7,23 +7,17 @@ from typing import Any
 
 from memtx.hf.checkpoint import HFCheckpoint
 from memtx.hf.config import HFConfig, build_rotary, build_window_memories
-from memtx.hf.decoder import ATTENTION_KEYS, EXTRA_PATTERNS, DecoderConfig, load_decoder
-from memtx.hf.layout import KeyMapping
-from memtx.layers.feed_forward import SwiGLU
+from memtx.hf.decoder import DecoderConfig, decoder_mapping, load_decoder
 from memtx.layers.norms import ZeroCenteredRMSNorm
 from memtx.models.memory_transformer import MemoryTransformer
 
-GEMMA3 = KeyMapping(
-    hf_keys={
-        **ATTENTION_KEYS,
+GEMMA3 = decoder_mapping(
+    {
         "blocks.{}.attention_norm": ["layers.{}.input_layernorm"],
         "blocks.{}.attention_post_norm": ["layers.{}.post_attention_layernorm"],
         "blocks.{}.feed_forward_norm": ["layers.{}.pre_feedforward_layernorm"],
         "blocks.{}.feed_forward_post_norm": ["layers.{}.post_feedforward_layernorm"],
-    },
-    prefix="model.",
-    head_prefixes=("lm_head.",),
-    extra_patterns=EXTRA_PATTERNS,
+    }
 )
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 262208,
@@ -46,10 +40,8 @@ def build(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
     config.require("use_bidirectional_attention", False, "bidirectional layers")
     interval = config.get_int("sliding_window_pattern", config.get_int("_sliding_window_pattern", 6))
     default = ["full_attention" if (i + 1) % interval == 0 else "sliding_attention" for i in range(config.depth)]
-    types = config.layer_types("sliding_attention", "full_attention", default=default)
-    is_sliding = [layer_type == "sliding_attention" for layer_type in types]
+    windows = config.sliding_windows(config.get_int("sliding_window", 4096), default)
     max_length = config.get_int("max_position_embeddings")
-    sliding_window = config.get_int("sliding_window", 4096)
     rope = config.get("rope_parameters") or {}
     bases = {
         "sliding_attention": config.get_float("rope_local_base_freq", 10000.0),
@@ -60,20 +52,16 @@ def build(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
     positions = {}
     for layer_type, base in bases.items():
         parameters = {"rope_theta": base, **scaling.get(layer_type, {}), **(rope.get(layer_type) or {})}
-        positions[layer_type], _ = build_rotary(HFConfig({"rope_parameters": parameters}), max_length)
+        positions[layer_type], _, _ = build_rotary(HFConfig({"rope_parameters": parameters}), max_length)
     norm = partial(ZeroCenteredRMSNorm, eps=config.get_float("rms_norm_eps", 1e-6))
     return load_decoder(
         hf_checkpoint,
         GEMMA3,
         config,
-        memories=build_window_memories(window, max_length, [sliding_window if flag else None for flag in is_sliding]),
+        memories=build_window_memories(window, max_length, windows),
         norm=norm,
-        feed_forward=partial(
-            SwiGLU,
-            hidden_dim=config.get_int("intermediate_size"),
-            activation=config.get_activation("hidden_activation", "gelu_pytorch_tanh"),
-        ),
-        layer_positions=[positions[layer_type] for layer_type in types],
+        feed_forward=config.build_feed_forward("hidden_activation", "gelu_pytorch_tanh"),
+        layer_positions=[positions["full_attention" if width is None else "sliding_attention"] for width in windows],
         qk_norm=norm,
         norm_placement="sandwich",
         query_scale=(config.head_dim / config.get_float("query_pre_attn_scalar", 256)) ** 0.5,

@@ -10,15 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from memtx.hf.checkpoint import HFCheckpoint
-from memtx.hf.config import HFConfig, build_partial_rotary, build_rotary, build_window_memories
-from memtx.hf.decoder import ATTENTION_KEYS, EXTRA_PATTERNS, PRE_NORM_KEYS, DecoderConfig, load_decoder
-from memtx.hf.layout import KeyMapping, RowSlice, WeightEntry, WeightTransform
-from memtx.layers.feed_forward import SwiGLU
+from memtx.hf.config import build_rotary, build_window_memories
+from memtx.hf.decoder import PRE_NORM_KEYS, DecoderConfig, decoder_mapping, layer_index, load_decoder
+from memtx.hf.layout import RowSlice, WeightEntry, WeightTransform
 from memtx.layers.mixture_of_experts import MixtureOfExperts
 from memtx.layers.norms import ZeroCenteredRMSNorm
 from memtx.layers.positions.base import NoPositions
 from memtx.memory.gated_delta_net import GatedDeltaNet
-from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.memory_transformer import MemoryTransformer, PositionsFactory
 
 MEMORY = "blocks.{}.attention.mixer."
 DELTA_KEYS = {
@@ -35,9 +34,8 @@ EXPERT_KEYS = {
     "blocks.{}.feed_forward.shared.out": ["layers.{}.mlp.shared_expert.down_proj"],
     "blocks.{}.feed_forward.shared_gate": ["layers.{}.mlp.shared_expert_gate"],
 }
-QWEN = KeyMapping(
-    hf_keys={
-        **ATTENTION_KEYS,
+QWEN = decoder_mapping(
+    {
         **PRE_NORM_KEYS,
         **DELTA_KEYS,
         **EXPERT_KEYS,
@@ -47,14 +45,10 @@ QWEN = KeyMapping(
         MEMORY + "decay_gate": ["layers.{}.linear_attn.in_proj_a"],
         MEMORY + "norm": ["layers.{}.linear_attn.norm"],
         MEMORY + "out": ["layers.{}.linear_attn.out_proj"],
-    },
-    prefix="model.",
-    head_prefixes=("lm_head.",),
-    extra_patterns=EXTRA_PATTERNS,
+    }
 )
-OLMO = KeyMapping(
-    hf_keys={
-        **ATTENTION_KEYS,
+OLMO = decoder_mapping(
+    {
         **DELTA_KEYS,
         # The second names are those of the published folders.
         "blocks.{}.attention_norm": ["layers.{}.input_layernorm", "layers.{}.attention_layer_norm"],
@@ -70,10 +64,7 @@ OLMO = KeyMapping(
         MEMORY + "decay_gate": ["layers.{}.linear_attn.a_proj"],
         MEMORY + "norm": ["layers.{}.linear_attn.o_norm"],
         MEMORY + "out": ["layers.{}.linear_attn.o_proj"],
-    },
-    prefix="model.",
-    head_prefixes=("lm_head.",),
-    extra_patterns=EXTRA_PATTERNS,
+    }
 )
 
 QWEN3_5_DEFAULTS: dict[str, Any] = {
@@ -95,7 +86,7 @@ OLMO_DEFAULTS: dict[str, Any] = {
 def build_qwen3_5(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
     """Build Qwen 3.5 (text, dense); window and errors as in :func:`memtx.hf.loader.load`."""
     config = DecoderConfig(hf_checkpoint.config, **QWEN3_5_DEFAULTS)
-    feed_forward = {"feed_forward": _build_feed_forward(config)}
+    feed_forward = {"feed_forward": config.build_feed_forward()}
     return _build_qwen(hf_checkpoint, config, window, feed_forward, lambda name, tensor: None)
 
 
@@ -107,7 +98,7 @@ def build_qwen3_next(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryT
     )
 
     def special_entries(name: str, tensor: Tensor) -> list[WeightEntry] | None:
-        layer = name.split(".")[1]
+        layer = layer_index(name)
         part = name.removeprefix(f"blocks.{layer}.")
         if part in ("attention.mixer.qkv.weight", "attention.mixer.write_gate.weight"):
             return list(_joined_by_key_head(config, name, layer))
@@ -132,7 +123,7 @@ def build_qwen3_next(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryT
         config.get_int("num_experts", min_value=0) > 0 and (layer + 1) % sparse_step == 0 and layer not in dense_layers
         for layer in range(config.depth)
     ]
-    dense = _build_feed_forward(config)
+    dense = config.build_feed_forward()
     feed_forward = {"layer_feed_forward": [experts if sparse else dense for sparse in has_experts]}
     return _build_qwen(hf_checkpoint, config, window, feed_forward, special_entries)
 
@@ -145,7 +136,7 @@ def build_olmo_hybrid(hf_checkpoint: HFCheckpoint, window: int | None) -> Memory
     shapes = {OLMO.normalize_key(name): tensor.shape for name, tensor in hf_checkpoint.tensors.items()}
 
     def special_entries(name: str, tensor: Tensor) -> list[WeightEntry] | None:
-        keys = [f"layers.{name.split('.')[1]}.linear_attn.{part}_conv1d.weight" for part in "qkv"]
+        keys = [f"layers.{layer_index(name)}.linear_attn.{part}_conv1d.weight" for part in "qkv"]
         widths = [key_heads * key_dim, key_heads * key_dim]
         if name.endswith(".mixer.qkv.weight"):
             keys = OLMO.candidate_keys(name)
@@ -173,7 +164,9 @@ def build_olmo_hybrid(hf_checkpoint: HFCheckpoint, window: int | None) -> Memory
     rope = config.get("rope_parameters") or {}
     has_positions = isinstance(rope, Mapping) and rope.get("rope_theta") is not None
     max_length = config.get_int("max_position_embeddings")
-    positions, max_length = build_rotary(config, max_length) if has_positions else (NoPositions, max_length)
+    positions: PositionsFactory = NoPositions
+    if has_positions:
+        positions, max_length, _ = build_rotary(config, max_length)
     return load_decoder(
         hf_checkpoint,
         OLMO,
@@ -183,7 +176,7 @@ def build_olmo_hybrid(hf_checkpoint: HFCheckpoint, window: int | None) -> Memory
         memories=_hybrid_memories(window, max_length, types, memory),
         norm=norm,
         positions=positions,
-        feed_forward=_build_feed_forward(config),
+        feed_forward=config.build_feed_forward(),
         qk_norm=norm,
         joint_qk_norm=True,
         norm_placement=["pre" if layer_type == "linear_attention" else "post" for layer_type in types],
@@ -208,7 +201,7 @@ def _build_qwen(
         norm_eps=config.get_float("rms_norm_eps", 1e-6),
     )
     max_length = config.get_int("max_position_embeddings", 32768)
-    positions, max_length, rotary_dim = build_partial_rotary(config, max_length, config.head_dim, 0.25)
+    positions, max_length, rotary_dim = build_rotary(config, max_length, head_dim=config.head_dim, partial_factor=0.25)
     return load_decoder(
         hf_checkpoint,
         QWEN,
@@ -236,12 +229,7 @@ def _hybrid_memories(window: int | None, max_length: int, types: list[str], memo
     return [memory if layer_type == "linear_attention" else windows[0] for layer_type in types]
 
 
-def _build_feed_forward(config: HFConfig) -> Any:
-    hidden_dim = config.get_int("intermediate_size")
-    return partial(SwiGLU, hidden_dim=hidden_dim, activation=config.get_activation("hidden_act", "silu"))
-
-
-def _joined_by_key_head(config: DecoderConfig, name: str, layer: str) -> Iterator[WeightEntry]:
+def _joined_by_key_head(config: DecoderConfig, name: str, layer: int) -> Iterator[WeightEntry]:
     """Yield the entry of a projection that Qwen3-Next joins with another, key head by key head."""
     key_heads, key_dim = config.get_int("linear_num_key_heads"), config.get_int("linear_key_head_dim")
     ratio = config.get_int("linear_num_value_heads") // key_heads

@@ -11,18 +11,11 @@ from torch import nn
 
 from memtx.hf.checkpoint import HFCheckpoint
 from memtx.hf.config import build_rotary, build_window_memories
-from memtx.hf.decoder import ATTENTION_KEYS, EXTRA_PATTERNS, PRE_NORM_KEYS, DecoderConfig, load_decoder
-from memtx.hf.layout import KeyMapping
-from memtx.layers.feed_forward import SwiGLU
+from memtx.hf.decoder import PRE_NORM_KEYS, DecoderConfig, decoder_mapping, load_decoder
 from memtx.layers.positions.base import NoPositions
 from memtx.models.memory_transformer import MemoryTransformer
 
-LLAMA = KeyMapping(
-    hf_keys={**ATTENTION_KEYS, **PRE_NORM_KEYS},
-    prefix="model.",
-    head_prefixes=("lm_head.",),
-    extra_patterns=EXTRA_PATTERNS,
-)
+LLAMA = decoder_mapping(PRE_NORM_KEYS)
 
 LLAMA_DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
@@ -80,9 +73,8 @@ def qwen_sliding_windows(config: DecoderConfig) -> list[int | None]:
     """Return each layer's window by ``layer_types``, by default that of all layers from ``max_window_layers`` on."""
     first_sliding = config.get_int("max_window_layers", 28, min_value=0)
     default = ["full_attention" if layer < first_sliding else "sliding_attention" for layer in range(config.depth)]
-    layer_types = config.layer_types("full_attention", "sliding_attention", default=default)
     window = config.get_int("sliding_window", 4096) if config.get_bool("use_sliding_window", False) else None
-    return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
+    return config.sliding_windows(window, default)
 
 
 def _layers_with_positions(config: DecoderConfig) -> list[bool]:
@@ -97,8 +89,7 @@ def _smollm_sliding_windows(config: DecoderConfig) -> list[int | None]:
         "full_attention" if rotated or window is None else "sliding_attention"
         for rotated in _layers_with_positions(config)
     ]
-    layer_types = config.layer_types("full_attention", "sliding_attention", default=default)
-    return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
+    return config.sliding_windows(window, default)
 
 
 VARIANTS = {
@@ -119,7 +110,7 @@ def build(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
     variant = VARIANTS[str(hf_checkpoint.config["model_type"])]
     config = DecoderConfig(hf_checkpoint.config, **(LLAMA_DEFAULTS | variant.defaults))
     has_bias = config.get_bool("attention_bias", False)
-    positions, max_length = build_rotary(config, config.get_int("max_position_embeddings"))
+    positions, max_length, _ = build_rotary(config, config.get_int("max_position_embeddings"))
     norm = partial(nn.RMSNorm, eps=config.get_float("rms_norm_eps", 1e-6))
     rotated = [True] * config.depth
     if variant.has_layers_without_positions:
@@ -131,12 +122,7 @@ def build(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
         rotated_layers=rotated,
         memories=build_window_memories(window, max_length, variant.sliding_windows(config)),
         norm=norm,
-        feed_forward=partial(
-            SwiGLU,
-            hidden_dim=config.get_int("intermediate_size"),
-            bias=config.get_bool("mlp_bias", False),
-            activation=config.get_activation("hidden_act", "silu"),
-        ),
+        feed_forward=config.build_feed_forward(bias=config.get_bool("mlp_bias", False)),
         positions=positions,
         layer_positions=None if all(rotated) else [positions if flag else NoPositions for flag in rotated],
         bias=has_bias if variant.qkv_bias is None else variant.qkv_bias,

@@ -8,19 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from memtx.hf.checkpoint import HFCheckpoint
-from memtx.hf.config import build_partial_rotary, build_window_memories
-from memtx.hf.decoder import ATTENTION_KEYS, EXTRA_PATTERNS, PRE_NORM_KEYS, DecoderConfig, load_decoder
-from memtx.hf.layout import KeyMapping, RowSlice, WeightEntry, WeightTransform
-from memtx.hf.llama import mistral_sliding_windows
-from memtx.layers.feed_forward import SwiGLU
+from memtx.hf.config import build_rotary, build_window_memories
+from memtx.hf.decoder import DecoderConfig, layer_index, load_decoder
+from memtx.hf.layout import RowSlice, WeightEntry, WeightTransform
+from memtx.hf.llama import LLAMA, mistral_sliding_windows
 from memtx.models.memory_transformer import MemoryTransformer
 
-PHI3 = KeyMapping(
-    hf_keys={**ATTENTION_KEYS, **PRE_NORM_KEYS},
-    prefix="model.",
-    head_prefixes=("lm_head.",),
-    extra_patterns=EXTRA_PATTERNS,
-)
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 32064,
     "hidden_size": 3072,
@@ -35,10 +28,9 @@ def build(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
     """Build the decoder of a folder; window and errors as in :func:`memtx.hf.loader.load`."""
     config = DecoderConfig(hf_checkpoint.config, **DEFAULTS)
     max_length = config.get_int("max_position_embeddings")
-    positions, max_length, rotary_dim = build_partial_rotary(config, max_length, config.head_dim, window=window)
+    positions, max_length, rotary_dim = build_rotary(config, max_length, head_dim=config.head_dim, window=window)
 
     def special_entries(name: str, tensor: Tensor) -> list[WeightEntry] | None:
-        layer = name.split(".")[1]
         if ".attention.query." in name:
             key_value, half = name.replace(".query.", ".key_value."), config.kv_heads * config.head_dim
             slices = (
@@ -46,25 +38,22 @@ def build(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
                 RowSlice(key_value, 0, half, config.kv_heads, rotary_dim),
                 RowSlice(key_value, half, half),
             )
-            return [(WeightTransform(slices), [f"layers.{layer}.self_attn.qkv_proj.{name.rpartition('.')[2]}"])]
+            return [
+                (WeightTransform(slices), [f"layers.{layer_index(name)}.self_attn.qkv_proj.{name.rpartition('.')[2]}"])
+            ]
         if ".attention.key_value." in name:
             return []  # stored together with the query
         if ".feed_forward.gate_up." in name:
-            return [(WeightTransform((RowSlice(name),)), [f"layers.{layer}.mlp.gate_up_proj.weight"])]
+            return [(WeightTransform((RowSlice(name),)), [f"layers.{layer_index(name)}.mlp.gate_up_proj.weight"])]
         return None
 
     return load_decoder(
         hf_checkpoint,
-        PHI3,
+        LLAMA,
         config,
         special_entries=special_entries,
         memories=build_window_memories(window, max_length, mistral_sliding_windows(config, None)),
         norm=partial(nn.RMSNorm, eps=config.get_float("rms_norm_eps", 1e-5)),
-        feed_forward=partial(
-            SwiGLU,
-            hidden_dim=config.get_int("intermediate_size"),
-            activation=config.get_activation("hidden_act", "silu"),
-        ),
+        feed_forward=config.build_feed_forward(),
         positions=positions,
-        dropout=0.0,
     )

@@ -59,14 +59,13 @@ def add_memory(
     chosen = _resolve_layers(layers, model.depth)
     adapted = _copy_with_shared_weights(model)
     configs = []
-    present = model.config["init_args"].get("memories", ())  # a Transformer-XL has none, and refuses others
     for layer, block in enumerate(adapted._layers()):
         if isinstance(block.attention, TokenMixer):
             # The memory in place of attention has a constant size already.
             if layers is not None and layer in chosen:
                 message = f"Layer {layer} has {type(block.attention.memory).__name__} in place of attention."
                 raise MemtxError(message, "Remove the layer from layers.")
-            configs.append(present[layer if len(present) > 1 else 0])
+            configs.append(_present_config(model, layer))
             continue
         layer_factories, layer_memories = _build_stack(
             layer, block.attention, factories if layer in chosen else [], window, num_sinks
@@ -86,11 +85,10 @@ def remove_memory(model: ModelT, window: int) -> ModelT:
     """Return a copy of a model, which shares its weights, that sees ``window`` (at least 1) exact positions alone."""
     factory = partial(RecurrentMemory, window=window)
     adapted = _copy_with_shared_weights(model)
-    present = model.config["init_args"].get("memories", ())  # a Transformer-XL has none, and refuses others
     configs = []
     for layer, block in enumerate(adapted._layers()):
         if isinstance(block.attention, TokenMixer):
-            configs.append(present[layer if len(present) > 1 else 0])
+            configs.append(_present_config(model, layer))
         else:
             block.attention.set_memories(factory(model.dim), [], gated_memory=False)
             configs.append(class_config.to_config(factory))
@@ -98,6 +96,12 @@ def remove_memory(model: ModelT, window: int) -> ModelT:
     equal = all(config == configs[0] for config in configs)
     _update_init_args(adapted, configs[:1] if equal else configs, gated_memory=False)
     return adapted
+
+
+def _present_config(model: MemoryTransformer, layer: int) -> Any:
+    """Return the config of a layer's memories as the model was built, with one entry per layer or one for all."""
+    memories = model.config["init_args"]["memories"]
+    return memories[layer if len(memories) > 1 else 0]
 
 
 def _resolve_layers(layers: Sequence[int] | None, depth: int) -> set[int]:

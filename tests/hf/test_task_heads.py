@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ import memtx
 from memtx.errors import CheckpointError
 from memtx.models.encoder import Encoder
 from memtx.models.heads import TaskModel
-from tests.hf.folders import BERT, bert, write
+from tests.hf.folders import write
 
 RECORDED = json.loads((Path(__file__).parent / "fixtures" / "task_heads.json").read_text(encoding="utf-8"))["cases"]
 
@@ -66,37 +65,4 @@ def test_a_head_that_is_missing_is_named(tmp_path: Path) -> None:
     config = {**case["config"], "architectures": ["BertForMultipleChoice"]}
     folder = write(tmp_path, config, draw(case["shapes"]))
     with pytest.raises(CheckpointError, match=r"has classifier\.weight, unknown to the model"):
-        memtx.from_pretrained(folder)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"quant_method": "gptq", "bits": 4}, "quantization_config with quant_method 'gptq'"),
-        ({"quant_method": "awq"}, "quantization_config with quant_method 'awq'"),
-        (
-            {"quant_method": "bitsandbytes", "load_in_4bit": True},
-            "quantization_config with quant_method 'bitsandbytes'",
-        ),
-        ({"quant_method": "compressed-tensors", "format": "int-quantized"}, "quant_method 'compressed-tensors'"),
-        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "quant_method 'fp8'"),
-        ({"load_in_8bit": True}, "quantization_config with quant_method 'unknown'"),
-    ],
-)
-def test_a_quantized_folder_is_refused_by_name(tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    for config in ({"quantization_config": options}, {"text_config": {"quantization_config": options}}):
-        folder = write(tmp_path, {**BERT, **config}, bert())
-        with pytest.raises(CheckpointError, match=message):
-            memtx.from_pretrained(folder)
-    # Of any layout, and before a tensor is read.
-    folder = write(tmp_path, {"model_type": "unheard", "quantization_config": options}, {})
-    with pytest.raises(CheckpointError, match="holds quantized weights"):
-        memtx.from_pretrained(folder)
-
-
-def test_a_quantizer_that_writes_its_own_file_is_named(tmp_path: Path) -> None:
-    folder = write(tmp_path, {**BERT, "quantization_config": None}, bert())
-    memtx.from_pretrained(folder)
-    (folder / "quantize_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"quantize_config\.json in place of a quantization_config"):
         memtx.from_pretrained(folder)

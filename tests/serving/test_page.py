@@ -36,13 +36,19 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.mark.parametrize("size", [(1200, 900), (360, 740)])
-def test_a_text_is_read_by_keyboard(browser: Any, server: Server, size: tuple[int, int]) -> None:
+def open_page(browser: Any, server: Server, size: tuple[int, int]) -> tuple[Any, list[str]]:
+    """Return the server's page and the list that gets its messages and errors."""
     page = browser.new_page(viewport={"width": size[0], "height": size[1]})
     messages: list[str] = []
     page.on("console", lambda message: messages.append(message.text))
     page.on("pageerror", lambda error: messages.append(str(error)))
     page.goto(server.address)
+    return page, messages
+
+
+@pytest.mark.parametrize("size", [(1200, 900), (360, 740)])
+def test_a_text_is_read_by_keyboard(browser: Any, server: Server, size: tuple[int, int]) -> None:
+    page, messages = open_page(browser, server, size)
     page.locator("#book").fill(BOOK)
     page.locator("#book").focus()
     for _ in range(2):
@@ -91,11 +97,7 @@ def chat_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.mark.parametrize("size", [(1400, 900), (360, 740)])
 def test_a_conversation_is_held_beside_the_text(browser: Any, chat_server: Server, size: tuple[int, int]) -> None:
-    page = browser.new_page(viewport={"width": size[0], "height": size[1]})
-    messages: list[str] = []
-    page.on("console", lambda message: messages.append(message.text))
-    page.on("pageerror", lambda error: messages.append(str(error)))
-    page.goto(chat_server.address)
+    page, messages = open_page(browser, chat_server, size)
     assert page.locator("#about-text").is_disabled()
     page.locator("#book").fill(SCRIPTS)
     page.locator("#read").click()

@@ -274,15 +274,21 @@ def evict_all(pool: SessionPool) -> None:
             cache._evict()
 
 
-def test_evicted_snapshots_are_used_from_disk_also_by_a_new_process(
-    byte_model: MemoryTransformer, tmp_path: Path
-) -> None:
+def write_to_disk(model: MemoryTransformer, folder: Path) -> tuple[str, torch.Tensor]:
+    """Leave the snapshots of a prompt of 100 tokens on disk alone; return it and the next logits of a cold read."""
     prompt = random_text(100)
-    cold = next_logits(byte_model, read_cold(byte_model, prompt))
-    pool = new_pool(byte_model, tmp_path)
+    cold = next_logits(model, read_cold(model, prompt))
+    pool = new_pool(model, folder)
     read(pool, prompt)
     evict_all(pool)
     pool.close()
+    return prompt, cold
+
+
+def test_evicted_snapshots_are_used_from_disk_also_by_a_new_process(
+    byte_model: MemoryTransformer, tmp_path: Path
+) -> None:
+    prompt, cold = write_to_disk(byte_model, tmp_path)
     (tmp_path / "prefix-cache" / ".x.prefix.0123abcd.tmp").write_bytes(b"from a killed process")
     (tmp_path / "prefix-cache" / "note.prefix").write_bytes(b"")
     restarted = new_pool(byte_model, tmp_path)
@@ -299,12 +305,7 @@ def test_evicted_snapshots_are_used_from_disk_also_by_a_new_process(
 def test_a_damaged_snapshot_is_dropped_with_a_line(
     byte_model: MemoryTransformer, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
-    prompt = random_text(100)
-    cold = next_logits(byte_model, read_cold(byte_model, prompt))
-    pool = new_pool(byte_model, tmp_path)
-    read(pool, prompt)
-    evict_all(pool)
-    pool.close()
+    prompt, cold = write_to_disk(byte_model, tmp_path)
     paths = sorted((tmp_path / "prefix-cache").glob("*.prefix"))
     contents = [path.read_bytes() for path in paths]
     restarted = new_pool(byte_model, tmp_path)
