@@ -57,8 +57,8 @@ class TokenMixer(nn.Module):
 
     def forward(self, x: Tensor, state: tuple[Any, ...], segment: Segment) -> tuple[Tensor, tuple[Any, ...], Losses]:
         """Return the output for x, both ``(batch, length, dim)``, the next state and no losses."""
-        carried = self.mixer.init_state(x.shape[0], like=x) if self.mixer.is_hidden else state[0]
-        out, next_state = self._standalone.mix(carried, x, segment)
+        past = self.mixer.init_state(x.shape[0], like=x) if self.mixer.is_hidden else state[0]
+        out, next_state = self._standalone.mix(past, x, segment)
         return out, (next_state,), {}
 
     def open_ring(self, state: tuple[Any, ...], past_length: Tensor) -> DecodeBuffers | None:
