@@ -135,8 +135,8 @@ class MemoryGain(nn.Module):
             self._states.clear()
 
         def read(part: slice, state: MemoryState) -> UnrollOutput:
-            tokens, labels, starts = (x[:, part] for x in (batch.tokens, batch.labels, batch.document_starts))
-            return unroll(model, tokens, labels, starts, state, segment_length=self.segment_length)
+            tokens, labels, begins = (x[:, part] for x in (batch.tokens, batch.labels, batch.document_starts))
+            return unroll(model, tokens, labels, begins, state, segment_length=self.segment_length)
 
         window_nll, length = nll, nll.shape[1]
         for name, hidden in self._readings.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from memtx.memory.gated_delta_net import GatedDeltaNet
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.models.sources import hide_sources
 from tests.invariants.strategies import VOCAB_SIZE, Case, cases, read, segment_bounds
-from tests.memory_zoo import KINDS, Stack
+from tests.memory_zoo import KINDS, Stack, output_memory
 
 EXPECTED = {
     "recurrent": [],
@@ -30,16 +31,17 @@ EXPECTED = {
     "gated-delta-net": ["gated_delta_net"],
     "third-party": ["running_mean"],
     "readme": ["average"],
+    "copy": ["copy"],
 }
 
 
-def build(stack: Stack) -> MemoryTransformer:
-    return MemoryTransformer(VOCAB_SIZE, dim=8, depth=2, heads=2, memories=[stack]).eval()
+def build(stack: Stack, copy: Any = None) -> MemoryTransformer:
+    return MemoryTransformer(VOCAB_SIZE, dim=8, depth=2, heads=2, memories=[stack], output_memory=copy).eval()
 
 
 @pytest.mark.parametrize(("kind", "sources"), EXPECTED.items())
 def test_sources_have_the_names_of_their_kinds(kind: str, sources: list[str]) -> None:
-    assert list_sources(build(KINDS[kind](4, 2, 3))) == sources
+    assert list_sources(build(KINDS[kind](4, 2, 3), output_memory(kind, 4, 2))) == sources
 
 
 def without_all(case: Case) -> Case:
@@ -87,6 +89,8 @@ def test_the_copy_shares_weights_and_states_with_the_model() -> None:
     state = model(tokens).state
     assert reduced(tokens, state).state.named_tensors().keys() == state.named_tensors().keys()
     assert reduced.to_rings(state) is None
+    copying = build(KINDS["copy"](4, 2, 3), output_memory("copy", 4, 2))
+    assert without_source(copying, "copy").to_rings(copying(tokens).state) is None
 
 
 def test_hiding_ends_with_its_context() -> None:
