@@ -15,6 +15,7 @@ from .layers.positions.base import Alibi as Alibi
 from .layers.positions.rotary import Rotary as Rotary
 from .memory.associative import AssociativeMemory as AssociativeMemory
 from .memory.compressed import CompressedMemory as CompressedMemory
+from .memory.copy_memory import CopyMemory as CopyMemory
 from .memory.ernie_doc import ErnieDocMemory as ErnieDocMemory
 from .memory.memory_tokens import TokenMemory as TokenMemory
 from .memory.none import NoMemory as NoMemory

@@ -17,7 +17,8 @@ from memtx.memory.base import Memory, ReadoutMemory
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.sinks import SinkMemory
-from memtx.models.memory_transformer import MemoryFactory, MemoryTransformer
+from memtx.models.layer_factories import MemoryFactory
+from memtx.models.memory_transformer import MemoryTransformer
 
 ModelT = TypeVar("ModelT", bound=MemoryTransformer)
 
