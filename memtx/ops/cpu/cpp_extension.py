@@ -60,7 +60,8 @@ def load_library(source: Path) -> ctypes.CDLL | None:
         log.info("%s is not compiled: %s is 0", source.name, COMPILE_ENV_VAR)
         return None
     cpu = [cpu_info.read_cpu_info().get(name, "") for name in CPU_INFO_FIELDS]
-    key = "\n".join([source.read_text(encoding="utf-8"), *COMPILER_FLAGS, platform.machine(), *cpu])
+    sources = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+    key = "\n".join([*sources, *COMPILER_FLAGS, platform.machine(), *cpu])
     name = f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     try:
         with _open_build_dir() as folder:
