@@ -1,7 +1,8 @@
 """The gated delta rule on the CPU by a C++ kernel (``delta_rule.cpp``), forward and backward.
 
 It goes by chunks whose matrices stay in the L1 and L2 caches (with a decay per channel token by token), where the form
-in torch runs some thirty operations a chunk. Both passes are custom operators, so ``torch.compile`` does not break the graph.
+in torch runs some thirty operations a chunk. Both passes are custom operators, so ``torch.compile`` does not break the
+graph.
 """
 
 from __future__ import annotations
