@@ -28,6 +28,8 @@ from .models.encoder import Encoder as Encoder
 from .models.memory_transformer import MemoryTransformer as MemoryTransformer
 from .models.recurrent_lm import MemoryOutput as MemoryOutput
 from .models.reformer import Reformer as Reformer
+from .models.sources import list_sources as list_sources
+from .models.sources import without_source as without_source
 from .models.transformer_xl import TransformerXL as TransformerXL
 from .state import MemoryState as MemoryState
 from .training.language import LanguageModule as LanguageModule

@@ -82,6 +82,9 @@ class CopyMemory(nn.Module):
     p(token) = (1 - g) * softmax(logits) + g * (sum of the softmax weights of positions that this token followed), where
     scores are scaled products of normalized keys, and the gate g is a sigmoid of the hidden state.
 
+    Attributes:
+        is_hidden: If True, the prediction is the model's own (see :func:`memtx.models.sources.without_source`).
+
     Args:
         dim: Width of the hidden states.
         num_entries: Number of newest positions kept.
@@ -93,6 +96,8 @@ class CopyMemory(nn.Module):
     Raises:
         MemtxError: A number is not positive.
     """
+
+    is_hidden: bool = False
 
     def __init__(
         self,

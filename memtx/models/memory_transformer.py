@@ -287,6 +287,7 @@ class MemoryTransformer(PretrainedModel):
         if self.output_memory is not None:
             copy_view = self.output_memory.read(state.layers[-1][0], x, tokens, segment)
             layers = (*layers, (copy_view.next_state,))
+            copy_view = None if self.output_memory.is_hidden else copy_view
         logits = loss = language_loss = nll = None
         if labels is None:
             logits = self.head(x)
@@ -342,8 +343,8 @@ class MemoryTransformer(PretrainedModel):
         """Return a ring per layer, then the output memory's, with a state's content; None if a memory has no ring."""
         blocks = zip(self._layers(), state.layers[: self.depth], strict=True)
         rings = [block.attention.open_ring(layer_state, state.position) for block, layer_state in blocks]
-        if self.output_memory is not None:
-            rings.append(self.output_memory.open_ring(state.layers[-1][0], state.position))
+        if (memory := self.output_memory) is not None:
+            rings.append(None if memory.is_hidden else memory.open_ring(state.layers[-1][0], state.position))
         supported = [ring for ring in rings if ring is not None]
         return supported if len(supported) == len(rings) else None
 

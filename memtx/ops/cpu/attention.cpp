@@ -1,19 +1,12 @@
 /* Attention over keys with visibility intervals, in float32, forward and backward; attention.py calls it.
 
    Queries are the lanes of vectors: scores are stored as (keys, queries), so keys and values are read in place, one
-   number at a time for all queries of a block, and the softmax needs no operation across lanes. All products have one
-   form, C[r][lane] += sum_k A(r, k) B[k][lane], with A read by two strides and C in registers: 24 vectors of 32 with
-   AVX-512, 12 of 16 with AVX2. */
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
-#include "vectors.h"
+   number at a time for all queries of a block, and the softmax needs no operation across lanes. */
+#include "vector.h"
 
 #define QUERY_BLOCK 32   /* queries per block */
 #define KEY_TILE 96      /* keys per tile: keys, values and two copies of the scores fit in the L2 cache */
 #define MAX_HEAD_DIM 256 /* maximum head dimension */
-#define LOG2E 1.4426950408889634f
 
 struct Strides {
     int64_t batch, head, token;

@@ -11,11 +11,10 @@
 #include <cstring>
 #include <vector>
 
-#include "vectors.h"
+#include "vector.h"
 
 #define QUERY_BLOCK 32 /* queries per block */
 #define KEY_TILE 96    /* keys per tile */
-#define LOG2E 1.4426950408889634f
 
 struct Shape {
     int64_t batch_size, length, num_keys, key_dim;

@@ -1,5 +1,12 @@
-/* Vectors of float32, and products in registers, for the kernels of this folder. */
+/* Vectors and matrix products in float32 for the sources of this folder.
+
+   All products have one form, C[r][lane] += sum_k A(r, k) B[k][lane], with A read by two strides and C in registers: 24
+   vectors of 32 with AVX-512, 12 of 16 with AVX2. */
+#pragma once
+#include <cmath>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -10,6 +17,7 @@
 #define TILE_ROWS 6
 #define MAX_TILE_VECTORS 2
 #endif
+#define LOG2E 1.4426950408889634f
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t IntVector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -94,3 +102,55 @@ static inline Vector vector_exp2(Vector x)
     const IntVector exponent = ((IntVector)shifted + 127) << 23;
     return p * (Vector)exponent;
 }
+
+/* 1 / (1 + e^-x) */
+static inline Vector vector_sigmoid(Vector x)
+{
+    const Vector max_x = Vector{} + 126.0f;
+    const Vector y = x * -LOG2E;
+    return 1.0f / (1.0f + vector_exp2(y > max_x ? max_x : y));
+}
+
+static inline float sum_lanes(Vector x)
+{
+    for (int half = LANES / 2; half; half /= 2)
+        for (int lane = 0; lane < half; lane++)
+            x[lane] += x[lane + half];
+    return x[0];
+}
+
+static inline Vector &at(float *x)
+{
+    return *(Vector *)x;
+}
+
+static inline const Vector &at(const float *x)
+{
+    return *(const Vector *)x;
+}
+
+/* Scratch of a thread, freed at once; every part begins at a multiple of 64 bytes. */
+class Arena {
+  public:
+    Arena() : blocks(nullptr) {}
+    ~Arena()
+    {
+        for (; blocks; ) {
+            void *next = *(void **)blocks;
+            free(blocks);
+            blocks = next;
+        }
+    }
+    float *take(int64_t count)
+    {
+        const size_t bytes = (size_t)(count * sizeof(float) + 63) / 64 * 64 + 64;
+        char *block = (char *)aligned_alloc(64, bytes);
+        *(void **)block = blocks;
+        blocks = block;
+        memset(block + 64, 0, bytes - 64);
+        return (float *)(block + 64);
+    }
+
+  private:
+    void *blocks;
+};
