@@ -115,5 +115,5 @@ def copied_probability(
         q, labels = F.pad(q, (0, 0, 0, extra_queries)), F.pad(labels, (0, extra_queries), value=-1)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, past_keys, keys))
     tokens = (next_tokens.to(torch.int32), labels.to(torch.int32))
-    copied, _, _ = _forward(q, past_keys, keys, *tokens, *get_int32_bounds(visibility), needs_grad)
+    copied: Tensor = _forward(q, past_keys, keys, *tokens, *get_int32_bounds(visibility), needs_grad)[0]
     return copied[:, :length]
