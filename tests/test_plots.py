@@ -63,9 +63,9 @@ def test_comparison_grows_with_its_entries(tmp_path: Path) -> None:
 
 
 def test_intervals_are_drawn_in_panels_and_invalid_ones_refused(tmp_path: Path) -> None:
-    rows = {"better": (-0.1, -0.2, -0.05), "unclear": (0.0, -0.1, 0.1), "worse": (0.1, 0.05, 0.2)}
-    plots.plot_intervals(tmp_path / "a.png", {"one": rows}, title="a", unit="bits per byte")
-    plots.plot_intervals(tmp_path / "b.png", {"one": rows, "two": {**rows, "another": (0.1, 0.1, 0.1)}})
+    intervals = {"better": (-0.1, -0.2, -0.05), "unclear": (0.0, -0.1, 0.1), "worse": (0.1, 0.05, 0.2)}
+    plots.plot_intervals(tmp_path / "a.png", {"one": intervals}, title="a", unit="bits per byte")
+    plots.plot_intervals(tmp_path / "b.png", {"one": intervals, "two": {**intervals, "another": (0.1, 0.1, 0.1)}})
     assert image_size(tmp_path / "b.png")[1] > image_size(tmp_path / "a.png")[1] > 200
     for panels in ({}, {"one": {}}, {"one": {"x": (0.3, 0.0, 0.2)}}, {"one": {"x": (float("nan"), 0.0, 0.2)}}):
         with pytest.raises(MemtxError, match=r"at least one panel|'x'.*expected finite"):
