@@ -179,7 +179,7 @@ def read_run(folder: Path, root: Path, curve: Sequence[int], entries: Sequence[i
             with files.atomic_open(folder / f"{name.replace(' ', '-')}.npz") as handle:
                 cast(Any, np.savez_compressed)(handle, **dict(zip(figures["books"], nats, strict=True)))
             files.write_text(path, json.dumps(figures))
-    files.write_text(path, json.dumps(figures))
+    files.write_text(path, json.dumps({**figures, "complete": True}))
     for file in last.parent.glob("earlier-*.ckpt"):
         file.unlink()
     return figures

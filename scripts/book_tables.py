@@ -25,12 +25,12 @@ NUM_RESAMPLES = 10_000
 
 
 def load_runs(folder: Path, names: Sequence[str]) -> Runs:
-    """Return the saved figures of the stacks that have some."""
+    """Return the figures of all runs that were read to the end, by stack."""
     runs: Runs = {}
     for name in names:
         paths = [path for path in folder.glob("*.json") if path.stem.rpartition("-")[0] == name]
         figures = {int(path.stem.rpartition("-")[2]): json.loads(path.read_text()) for path in paths}
-        if figures := {seed: run for seed, run in sorted(figures.items()) if TRAINED in run["readings"]}:
+        if figures := {seed: run for seed, run in sorted(figures.items()) if run.get("complete")}:
             runs[name] = figures
     return runs
 
