@@ -79,7 +79,9 @@ def plain_gated_delta_net(
         document_starts = document_starts & ~is_padding[:, 0]
         log_decay = log_decay.masked_fill(is_padding if log_decay.dim() == 3 else is_padding[..., None], 0.0)
     q, k = normalize_address(q, dtype) * key_dim**-0.5, normalize_address(k, dtype)
-    out, state = gated_delta_rule(q, k, v.to(dtype), beta, log_decay, state.to(dtype), document_starts)
+    out, state = gated_delta_rule(
+        q, k, v.to(dtype), beta, log_decay, state.to(dtype), document_starts, compute_dtype=qkv.dtype
+    )
     reads = out.transpose(1, 2)
     return gate_reads(reads, gate, weights.norm_weight, norm_eps), state
 
