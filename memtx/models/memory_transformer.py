@@ -6,7 +6,7 @@ The module holds weights only; the state is passed in and returned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self, cast
@@ -288,8 +288,7 @@ class MemoryTransformer(PretrainedModel):
         else:
             inputs = [x]
             del state, call, x  # The embeddings and fresh states are freed as layers read them.
-            fresh = (layer_states.pop(0) for _ in self.blocks)
-            hidden, layers, losses = self._run_layers(inputs.pop(), fresh, segment, return_hidden_states)
+            hidden, layers, losses = self._run_layers(inputs.pop(), layer_states, segment, return_hidden_states)
         x = self.norm(hidden[-1])
         copy_view = None
         if self.output_memory is not None:
@@ -326,16 +325,20 @@ class MemoryTransformer(PretrainedModel):
         return x if self.absolute_positions is None else x + self.absolute_positions(position)
 
     def _run_layers(
-        self, x: Tensor, states: Iterable[tuple[Any, ...]], segment: Segment, keep_hidden_states: bool
+        self, x: Tensor, states: Sequence[tuple[Any, ...]], segment: Segment, keep_hidden_states: bool
     ) -> tuple[list[Tensor], LayerStates, Losses]:
-        """Return hidden states, next states and losses; only the last hidden state unless all are kept."""
+        """Return hidden states, next states and losses; only the last hidden state unless all are kept.
+
+        A list of states is emptied.
+        """
         hidden, next_states = [x], []
+        remaining = states if isinstance(states, list) else list(states)
         losses: dict[str, list[Tensor]] = {}
-        for block, layer_state in zip(self._layers(), states, strict=True):
+        for block in self._layers():
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, layer_state, layer_losses = checkpoint(block, x, layer_state, segment, use_reentrant=False)
+                x, layer_state, layer_losses = checkpoint(block, x, remaining.pop(0), segment, use_reentrant=False)
             else:
-                x, layer_state, layer_losses = block(x, layer_state, segment)
+                x, layer_state, layer_losses = block(x, remaining.pop(0), segment)
             next_states.append(layer_state)
             for name, value in layer_losses.items():
                 losses.setdefault(name, []).append(value)

@@ -102,12 +102,13 @@ def split_qkv(mixed: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Split ``(batch, length, channels)`` into queries, keys and values, ``(batch, heads, length, width)``."""
     heads, key_dim, value_dim = state.shape[1:]
     num_keys = (mixed.shape[-1] - heads * value_dim) // 2
-    parts = mixed.split([num_keys, num_keys, heads * value_dim], dim=-1)
-    q, k, v = (
-        x.unflatten(-1, (-1, width)).transpose(1, 2)
-        for x, width in zip(parts, (key_dim, key_dim, value_dim), strict=True)
-    )
+    parts = torch.split(mixed, [num_keys, num_keys, heads * value_dim], dim=-1)
+    q, k, v = (_split_heads(x, width) for x, width in zip(parts, (key_dim, key_dim, value_dim), strict=True))
     return q, k, v
+
+
+def _split_heads(x: Tensor, width: int) -> Tensor:
+    return x.reshape(*x.shape[:-1], -1, width).transpose(1, 2)
 
 
 def compute_gates(
@@ -121,10 +122,8 @@ def compute_gates(
     beta = torch.sigmoid(write.to(dtype)).mT
     step = F.softplus(decay.to(dtype) + weights.decay_bias)
     rate = -weights.log_decay_rate.to(dtype).exp()
-    if step.shape[-1] == len(rate):
-        log_decay = (step * rate).mT
-    else:
-        log_decay = step.unflatten(-1, (-1, key_dim)).transpose(1, 2) * rate[:, None, None]
+    by_head = step.shape[-1] == len(rate)
+    log_decay = (step * rate).mT if by_head else _split_heads(step, key_dim) * rate[:, None, None]
     return beta if max_write == 1.0 else beta * max_write, log_decay
 
 

@@ -42,9 +42,13 @@ def _call_kernel(name: str, *arguments: Tensor | int | float) -> None:
     """Call a function of the source; the number of threads is appended."""
     library = cpp_extension.load_library(SOURCE_PATH)
     assert library is not None, "callers check is_available()"
-    types = {int: ctypes.c_int64, float: ctypes.c_float}
-    values = (ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else types[type(x)](x) for x in arguments)
-    getattr(library, name)(*values, ctypes.c_int64(torch.get_num_threads()))
+    values: list[Any] = [
+        ctypes.c_void_p(x.data_ptr())
+        if isinstance(x, Tensor)
+        else (ctypes.c_float(x) if isinstance(x, float) else ctypes.c_int64(x))
+        for x in (*arguments, torch.get_num_threads())
+    ]
+    getattr(library, name)(*values)
 
 
 class _SwiGLU(torch.autograd.Function):

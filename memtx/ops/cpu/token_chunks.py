@@ -17,4 +17,4 @@ def split_without_grad(x: Tensor) -> tuple[Tensor, ...]:
     chunk_length = max(MAX_CHUNK_TOKENS // x.shape[0], MIN_CHUNK_LENGTH)
     if x.device.type != "cpu" or x.shape[1] <= chunk_length or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return (x,)
-    return x.split(chunk_length, dim=1)
+    return torch.split(x, chunk_length, dim=1)
