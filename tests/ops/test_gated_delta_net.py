@@ -43,9 +43,9 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    starts = torch.rand(batch, length, generator=generator) < draw(st.sampled_from([0.0, 0.2]))
+    document_starts = torch.rand(batch, length, generator=generator) < draw(st.sampled_from([0.0, 0.2]))
     past_length = torch.randint(0, 6, (batch,), generator=generator)
-    segment = Segment.from_document_starts(past_length, length, starts)
+    segment = Segment.from_document_starts(past_length, length, document_starts)
     has_padding = draw(st.booleans())
     valid_length = torch.randint(0, length + 1, (batch,), generator=generator) if has_padding else None
     tensors = [

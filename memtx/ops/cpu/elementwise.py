@@ -74,23 +74,23 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         # A view where the rows are equally far apart, as those of a part of the heads' channels.
-        rows = x.reshape(-1, x.shape[-1])
-        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        ctx.save_for_backward(rows, weight)
+        flat = x.reshape(-1, x.shape[-1])
+        flat = flat if flat.stride(-1) == 1 else flat.contiguous()
+        ctx.save_for_backward(flat, weight)
         ctx.eps = eps
         out = x.new_empty(x.shape)
-        _call_kernel("memtx_rms_norm_forward", rows, weight.contiguous(), out, *rows.shape, rows.stride(0), eps)
+        _call_kernel("memtx_rms_norm_forward", flat, weight.contiguous(), out, *flat.shape, flat.stride(0), eps)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight = ctx.saved_tensors
+        flat, weight = ctx.saved_tensors
         parts = torch.get_num_threads()
         grad_x, grad_weight = grad_out.new_empty(grad_out.shape), weight.new_zeros(parts, *weight.shape)
         _call_kernel(
-            "memtx_rms_norm_backward", grad_out.contiguous(), rows, weight.contiguous(), grad_x, grad_weight,
-            *rows.shape, rows.stride(0), ctx.eps, parts,
+            "memtx_rms_norm_backward", grad_out.contiguous(), flat, weight.contiguous(), grad_x, grad_weight,
+            *flat.shape, flat.stride(0), ctx.eps, parts,
         )  # fmt: skip
         return grad_x, grad_weight.sum(0), None
 

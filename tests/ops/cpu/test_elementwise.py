@@ -49,8 +49,8 @@ def check(function: Callable[..., Tensor], reference: Callable[..., Tensor], *in
 
 @given(st.integers(1, 5), st.integers(1, 40), st.integers(0, 9))
 @settings(max_examples=30, deadline=None)
-def test_swiglu_matches(rows: int, width: int, seed: int) -> None:
-    gate_up = 4 * torch.randn(2, rows, 2 * width, generator=torch.Generator().manual_seed(seed))
+def test_swiglu_matches(length: int, width: int, seed: int) -> None:
+    gate_up = 4 * torch.randn(2, length, 2 * width, generator=torch.Generator().manual_seed(seed))
 
     def reference(x: Tensor) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
@@ -61,9 +61,9 @@ def test_swiglu_matches(rows: int, width: int, seed: int) -> None:
 
 @given(st.integers(1, 5), st.integers(1, 40), st.booleans(), st.integers(0, 9))
 @settings(max_examples=30, deadline=None)
-def test_rms_norm_matches_also_for_parts_of_heads(rows: int, width: int, is_part: bool, seed: int) -> None:
+def test_rms_norm_matches_also_for_parts_of_heads(length: int, width: int, is_part: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(2, rows, 3, 2 * width, generator=generator)
+    x = torch.randn(2, length, 3, 2 * width, generator=generator)
     weight = torch.randn(width, generator=generator)
 
     def select(x: Tensor) -> Tensor:
