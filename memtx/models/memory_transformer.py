@@ -26,6 +26,7 @@ from memtx.memory.base import Losses
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.copy_memory import CopyMemory, CopyView
 from memtx.memory.kv_ring import DecodeBuffers, DecodeStep
+from memtx.models.growing_windows import GrowingWindows, expand_memories
 from memtx.models.layer_factories import (
     FeedForwardFactory,
     MemoryFactory,
@@ -67,6 +68,7 @@ class MemoryTransformer(PretrainedModel):
         memories: Memory factories, given dim: one entry for all layers, or one per layer. An entry is a factory, or a
             list of factories for a layer with several memories: first the exact one, which carries the segment itself,
             then those with a readout of their own. A memory such as ``GatedDeltaNet`` replaces attention in its layer.
+            :class:`GrowingWindows` is a short form.
         norm: Factory of the norms, given dim; ``torch.nn.LayerNorm`` is the classic choice.
         feed_forward: Factory of the feed-forward part, given dim; ``FeedForward`` is the classic choice.
         positions: Factory of the position encoding, given (heads, head_dim); ``Alibi`` is the alternative.
@@ -111,7 +113,7 @@ class MemoryTransformer(PretrainedModel):
         depth: int = 6,
         heads: int = 4,
         kv_heads: int | None = None,
-        memories: Sequence[Sequence[MemoryFactory] | MemoryFactory] = (CompressedMemory,),
+        memories: Sequence[Sequence[MemoryFactory] | MemoryFactory] | GrowingWindows = (CompressedMemory,),
         norm: Callable[[int], nn.Module] = nn.RMSNorm,
         feed_forward: FeedForwardFactory = SwiGLU,
         positions: PositionsFactory = Rotary,
@@ -135,6 +137,7 @@ class MemoryTransformer(PretrainedModel):
         output_memory: Callable[[int], CopyMemory] | None = None,
     ) -> None:
         arguments = dict(locals())
+        arguments["memories"] = layer_memories = expand_memories(memories, depth)
         super().__init__()
         check_at_least(1, vocab_size=vocab_size, dim=dim, depth=depth, heads=heads)
         check_probability(dropout=dropout, attention_dropout=attention_dropout)
@@ -156,7 +159,7 @@ class MemoryTransformer(PretrainedModel):
         self.blocks = nn.ModuleList(
             build_block(dim, stack, attention, partial(make_positions, *position_args), make_ff, norm, norms, dropout)
             for stack, make_positions, make_ff, norms in zip(
-                memory_stacks(memories, depth),
+                memory_stacks(layer_memories, depth),
                 per_layer("layer_positions", layer_positions or positions, depth),
                 per_layer("layer_feed_forward", layer_feed_forward or feed_forward, depth),
                 per_layer("norm_placement", cast("Any", norm_placement), depth),
