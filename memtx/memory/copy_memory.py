@@ -103,7 +103,7 @@ class CopyMemory(nn.Module):
     """
 
     is_hidden: bool = False
-    gate_parameters = ("gate", "log_scale")
+    gate_parameters = ("gate", "match_weight", "log_scale")
 
     def __init__(
         self,
