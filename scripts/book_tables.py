@@ -186,13 +186,14 @@ def _curve(run: dict[str, Any]) -> dict[int, Array]:
 
 def format_curve(runs: Runs) -> list[str]:
     """Format mean bits per byte along training, and of the mean of the last weights."""
+    curves = {name: [_curve(run) for run in by_seed.values()] for name, by_seed in runs.items()}
+    steps = sorted(set.intersection(*(set(curve) for by_seed in curves.values() for curve in by_seed))) if runs else []
     rows = []
-    for name, by_seed in runs.items():
-        curves = [_curve(run) for run in by_seed.values()]
-        cells = [f"{np.mean([curve[step] for curve in curves]):.4f}" for step in curves[0]]
-        has_average = all("averaged" in run["readings"] for run in by_seed.values())
-        rows.append([STACKS[name].title, *cells, f"{mean_bits(runs, name, 'averaged'):.4f}" if has_average else ""])
-    steps = list(_curve(next(iter(next(iter(runs.values())).values())))) if runs else []
+    for name, by_seed in curves.items():
+        cells = [f"{np.mean([curve[step] for curve in by_seed]):.4f}" for step in steps]
+        has_average = all("averaged" in run["readings"] for run in runs[name].values())
+        cells.append(f"{mean_bits(runs, name, 'averaged'):.4f}" if has_average else "")
+        rows.append([STACKS[name].title, *cells])
     return format_table(["steps", *(f"{step:,}" for step in steps), "weights averaged"], rows)
 
 

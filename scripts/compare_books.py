@@ -33,7 +33,7 @@ from memtx import files
 
 TOKENIZERS = {"bytes": 0, "bpe-2048": 2048, "bpe-8192": 8192}
 NUM_CHECKPOINTS = 20
-CURVE = (0.1, 0.25, 0.5, 0.75, 0.9)
+CURVE = (0.1, 0.25, 0.5, 0.75)
 """Fractions of the steps at which a run is read, besides the end."""
 
 
