@@ -92,9 +92,10 @@ def base_name(name: str) -> str:
     return UNIFORM if STACKS[name].depth == STACKS[UNIFORM].depth else f"{UNIFORM}-{STACKS[name].depth}"
 
 
-def mean_bits(runs: Runs, name: str, reading: str = TRAINED) -> float:
-    """Return the mean bits per byte over seeds and books."""
-    return float(np.mean([bits_per_byte(run, reading) for run in runs[name].values()]))
+def mean_bits(runs: Runs, name: str, reading: str = TRAINED, seeds: Sequence[int] | None = None) -> float:
+    """Return the mean bits per byte over books and seeds, those of ``seeds`` that there are or all."""
+    chosen = [run for seed, run in runs[name].items() if seeds is None or seed in seeds]
+    return float(np.mean([bits_per_byte(run, reading) for run in chosen]))
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -116,8 +117,9 @@ def format_stacks(runs: Runs) -> list[str]:
         cells += [", ".join(f"{value:.4f}" for value in bits), f"{statistics.mean(bits):.4f}", error]
         cells.append(f"{statistics.mean(map(total_seconds, by_seed.values())):.0f}")
         for base in (base_name(name), WINDOWS):
-            is_comparable = base in runs and STACKS[base].depth == STACKS[name].depth
-            cells.append(format_interval(pair(runs, name, base), mean_bits(runs, base)) if is_comparable else "")
+            differences = pair(runs, name, base) if STACKS[base].depth == STACKS[name].depth else None
+            base_bits = 0.0 if differences is None else mean_bits(runs, base, seeds=list(by_seed))
+            cells.append(format_interval(differences, base_bits))
         rows.append(cells)
     return format_table([*header, "against the uniform window", "against the windows alone"], rows)
 
