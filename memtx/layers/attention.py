@@ -52,6 +52,8 @@ class MemoryAttention(nn.Module):
         MemtxError: dim is not divisible by heads, heads not by kv_heads, or a memory cannot be in its place.
     """
 
+    gate_parameters = ("gate", "entry_bias")  # see Memory
+
     def __init__(
         self,
         dim: int,

@@ -134,6 +134,8 @@ class Memory(nn.Module, ABC, Generic[S]):
             otherwise they are ``dim`` wide over all heads.
         has_bank: If True, its views hold entries beyond the exact window (see :attr:`EntryPositions.bank_split`).
         entry_bias: Initial log-weight of these entries, learned per head. None disables it.
+        gate_parameters: Names of the attributes, parameters or modules, that decide how much of the memory is read.
+            They are trained with a learning rate of their own, without weight decay.
         needs_gate: If True, a model trained without this memory needs a gate to start unchanged. False for a memory
             whose entries the layer would have seen with a longer window.
         supports_padding: If True, sequences of a batch may end before the segment does (see
@@ -150,6 +152,7 @@ class Memory(nn.Module, ABC, Generic[S]):
     uses_layer_projections: ClassVar[bool] = False
     has_bank: bool = False
     entry_bias: float | None = None
+    gate_parameters: ClassVar[tuple[str, ...]] = ()
     needs_gate: ClassVar[bool] = True
     supports_padding: ClassVar[bool] = False
     unbounded: ClassVar[bool] = True

@@ -102,6 +102,7 @@ class CopyMemory(nn.Module):
     """
 
     is_hidden: bool = False
+    gate_parameters = ("gate", "log_scale")
 
     def __init__(
         self,
