@@ -79,12 +79,13 @@ def clear(runs: Runs, name: str, reading: str) -> Array | None:
 
 
 def format_interval(differences: Array | None, base: float = 0.0) -> str:
-    """Format differences as mean and 95% interval, with a percentage of ``base`` if there is one."""
+    """Format differences: mean, 95% interval over several seeds, and percentage of ``base`` unless it is 0."""
     if differences is None:
         return ""
     mean, low, high = bootstrap_interval(differences)
     percent = f", {100 * mean / base:+.1f}%" if base else ""
-    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]{percent}"
+    # Books alone would make an interval that is too short.
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]{percent}" if len(differences) > 1 else f"{mean:+.4f}{percent}"
 
 
 def base_name(name: str) -> str:
@@ -150,10 +151,9 @@ def format_entries(runs: Runs) -> list[str]:
 
 
 def format_classes(runs: Runs) -> list[str]:
-    """Format paired differences in bits per token by position and by kind of token."""
-    columns = [(axis, index) for axis, size in enumerate(CELLS) for index in range(size)]
+    """Format paired differences in bits per token by position and by kind of the pair with the previous token."""
+    columns = [(axis, index) for axis, size in enumerate(CELLS[:2]) for index in range(size)]
     ranges = [*(f"{start:,}-{end:,}" for start, end in itertools.pairwise(POSITIONS)), f"{POSITIONS[-1]:,}-"]
-    kinds = [f"{unit} {kind}" for unit in ("pair", "token") for kind in KINDS]
     rows = []
     for name, by_seed in runs.items():
         baseline = runs.get(base_name(name), {})
@@ -172,7 +172,7 @@ def format_classes(runs: Runs) -> list[str]:
                 ]
                 means = np.mean(differences, axis=(0, 2))
                 rows.append([STACKS[name].title, base, *(f"{mean:+.3f}" for mean in means)])
-    return format_table(["bits per token of", "against", *ranges, *kinds], rows)
+    return format_table(["bits per token of", "against", *ranges, *KINDS], rows)
 
 
 def total_seconds(run: dict[str, Any]) -> float:
@@ -228,24 +228,25 @@ TABLES = (format_stacks, format_sources, format_entries, format_classes, format_
 
 
 def plot_differences(runs: Runs, path: Path) -> None:
-    """Plot the paired differences with their intervals: against the baselines, and of the same weights."""
-    panels: dict[str, dict[str, tuple[float, float, float]]] = {}
+    """Plot paired differences over several seeds: against the baselines, and of the same weights."""
+    panels: dict[str, dict[str, Array | None]] = {}
     for base in (UNIFORM, WINDOWS):
-        pairs = {STACKS[name].title: pair(runs, name, base) for name in runs if base_name(name) == UNIFORM != name}
-        panels[f"against {STACKS[base].title}"] = {
-            title: bootstrap_interval(differences) for title, differences in pairs.items() if differences is not None
-        }
-    cleared = {
+        names = [name for name in runs if base_name(name) == UNIFORM != name]
+        panels[f"against {STACKS[base].title}"] = {STACKS[name].title: pair(runs, name, base) for name in names}
+    panels["against the same weights, one source cleared"] = {
         f"{STACKS[name].title} ({reading})": clear(runs, name, reading)
         for name, by_seed in runs.items()
         for reading in next(iter(by_seed.values()))["readings"]
         if reading.startswith("without ")
     }
-    panels["against the same weights, one source cleared"] = {
-        title: bootstrap_interval(differences) for title, differences in cleared.items() if differences is not None
+    intervals = {
+        title: {
+            name: bootstrap_interval(differences)
+            for name, differences in rows.items()
+            if differences is not None and len(differences) > 1
+        }
+        for title, rows in panels.items()
     }
-    panels = {title: rows for title, rows in panels.items() if rows}
-    if panels:
-        plots.plot_intervals(
-            path, panels, title="Paired differences on pg19-mini's validation books", unit="bits per byte"
-        )
+    if intervals := {title: rows for title, rows in intervals.items() if rows}:
+        title = "Paired differences on the validation books"
+        plots.plot_intervals(path, intervals, title=title, unit="bits per byte")
