@@ -10,6 +10,7 @@ from memtx.memory.associative import AssociativeMemory
 from memtx.memory.base import Memory
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.compression import MeanPooling
+from memtx.memory.gated_delta_net import GatedDeltaNet
 from memtx.memory.memory_tokens import TokenMemory
 from memtx.memory.none import NoMemory
 from memtx.memory.parts import Gate, ReflectingGate
@@ -48,6 +49,19 @@ def comparison_stacks(window: int) -> MemoryStacks:
         "associative, plain sigmoid": [exact, partial(associative, write_gate=partial(Gate, stretch=0.0))],
         "associative, no delta rule": [exact, partial(associative, delta_rule=False)],
     }  # fmt: skip
+
+
+def hybrid_stacks(window: int) -> MemoryStacks:
+    """Return hybrids, a memory per layer: a Gated DeltaNet in place of attention, then attention within the window.
+
+    Writes of strengths up to 2 can flip the sign of what is stored.
+    """
+    exact: MemoryFactory = partial(RecurrentMemory, window=window)
+    delta: Any = partial(GatedDeltaNet, heads=2)
+    return {
+        "gated delta net": [delta, exact],
+        "gated delta net, beta to 2": [partial(delta, negative_eigenvalues=True), exact],
+    }
 
 
 def replay_stacks(window: int) -> MemoryStacks:
