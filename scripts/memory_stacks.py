@@ -83,5 +83,8 @@ def retrofit_stacks(window: int) -> MemoryStacks:
     return {
         "associative": [partial(AssociativeMemory, heads=4, decay_gate=None)],
         "compressed": [partial(CompressedMemory, window=window, compression_rate=4, num_entries=window // 2)],
+        "compressed-entry-bias": [
+            partial(CompressedMemory, window=window, compression_rate=4, num_entries=window // 2, entry_bias=-3.0)
+        ],
         "slots": [partial(SlotMemory, num_slots=16, interval=window // 4)],
     }
