@@ -194,7 +194,7 @@ class MemoryAttention(nn.Module):
         """Return the queries without positions and the output gates' inputs, ``(batch, length, heads, head_dim)``."""
         projected = self.query(x).view(*x.shape[:-1], self.heads, -1)
         q, gate = projected.chunk(2, dim=-1) if self.output_gate else (projected, None)
-        q = self.query_norm(q)
+        q = self.query_norm(q).to(projected.dtype)  # CUDA's autocast normalizes in float32
         return (q if self.query_scale == 1.0 else q * self.query_scale), gate
 
     def _apply_output_gate(self, attended: Tensor, gate: Tensor | None) -> Tensor:
@@ -204,7 +204,7 @@ class MemoryAttention(nn.Module):
     def _split_keys_values(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys without positions and values, each ``(batch, entries, kv_heads, head_dim)``."""
         k, v = projected.view(*projected.shape[:-1], 2, self.kv_heads, self.head_dim).unbind(-3)
-        return self.key_norm(k), v
+        return self.key_norm(k).to(v.dtype), v
 
     def _positioned_keys_values(self, x: Tensor, position: Tensor, memo: Memoize) -> Tensor:
         """Return the keys with positions and the values of x ``(batch, entries, dim)``, stacked in dimension -3."""
@@ -274,10 +274,10 @@ class MemoryAttention(nn.Module):
             out = out if is_query else out.chunk(2, dim=-1)[half]
         if is_query:
             out = out.view(*out.shape[:-1], self.heads, -1)[..., : self.head_dim]
-            out = _apply_module(self.query_norm, out, frozen)
+            out = _apply_module(self.query_norm, out, frozen).to(out.dtype)
             return out if self.query_scale == 1.0 else out * self.query_scale
         out = out.view(*out.shape[:-1], -1, self.head_dim)
-        out = _apply_module(self.key_norm, out, frozen) if projection == "key" else out
+        out = _apply_module(self.key_norm, out, frozen).to(out.dtype) if projection == "key" else out
         return out.repeat_interleave(self.heads // self.kv_heads, dim=-2)
 
     def apply_relative(self, keys: Tensor, distance: Tensor) -> Tensor:

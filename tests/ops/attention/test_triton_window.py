@@ -52,7 +52,7 @@ def test_kernels_compile_for_hopper_without_a_gpu(kernel: str, tmp_path: Path, m
         pytest.skip("Triton's interpreter is on: nothing is compiled")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = getattr(triton_window, kernel)
-    tiles = triton_window._choose_tiles(64, torch.bfloat16, "forward" if kernel == "_forward" else "backward")
+    tiles = triton_window.choose_tiles(64, torch.bfloat16, "forward" if kernel == "_forward" else "backward")
     options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
     constants = {"HEADS": 8, "KV_HEADS": 4, "GROUP": 2, "NUM_KEY_RANGES": 2, "D": 64, "PRECISION": "ieee"}
     constants |= {"HAS_GRAD_LSE": True} | tiles
