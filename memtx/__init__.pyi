@@ -15,6 +15,7 @@ from .layers.positions.base import Alibi as Alibi
 from .layers.positions.rotary import Rotary as Rotary
 from .memory.associative import AssociativeMemory as AssociativeMemory
 from .memory.compressed import CompressedMemory as CompressedMemory
+from .memory.copy_memory import CopyMemory as CopyMemory
 from .memory.ernie_doc import ErnieDocMemory as ErnieDocMemory
 from .memory.memory_tokens import TokenMemory as TokenMemory
 from .memory.none import NoMemory as NoMemory
@@ -27,6 +28,8 @@ from .models.encoder import Encoder as Encoder
 from .models.memory_transformer import MemoryTransformer as MemoryTransformer
 from .models.recurrent_lm import MemoryOutput as MemoryOutput
 from .models.reformer import Reformer as Reformer
+from .models.sources import list_sources as list_sources
+from .models.sources import without_source as without_source
 from .models.transformer_xl import TransformerXL as TransformerXL
 from .state import MemoryState as MemoryState
 from .training.language import LanguageModule as LanguageModule

@@ -19,6 +19,7 @@ from memtx.memory.compression import (
     MostUsed,
     StridedConvolution,
 )
+from memtx.memory.copy_memory import CopyMemory
 from memtx.memory.ernie_doc import ErnieDocMemory
 from memtx.memory.gated_delta_net import GatedDeltaNet
 from memtx.memory.memory_tokens import TokenMemory
@@ -124,8 +125,15 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "ernie-doc": lambda window, rate, length: partial(ErnieDocMemory, window=window, interval=max(length, 1)),
     "third-party": with_window(lambda window, rate, length: RunningMean),
     "readme": with_window(lambda window, rate, length: AverageMemory),
+    "copy": lambda window, rate, length: partial(RecurrentMemory, window=window),
 }
 """Kinds whose results do not depend on segmentation."""
 
-CHOOSING = {"compressed-most_used", "retrieval", "top-k", "top-k-exact", "dual"}
-"""Kinds that choose between states, where rounding in float32 may change the choice and so the whole result."""
+
+def output_memory(kind: str, window: int, rate: int) -> Callable[[int], CopyMemory] | None:
+    """Return the factory of a kind's output memory, whose reach differs from the window's."""
+    return partial(CopyMemory, num_entries=window + rate, key_dim=3) if kind == "copy" else None
+
+
+CHOOSING = {"compressed-most_used", "retrieval", "top-k", "top-k-exact", "dual", "copy"}
+"""Kinds that choose between states or store fewer bits, where rounding in float32 may change the whole result."""

@@ -17,7 +17,8 @@ from memtx.layers.mixture_of_experts import MixtureOfExperts
 from memtx.layers.norms import ZeroCenteredRMSNorm
 from memtx.layers.positions.base import NoPositions
 from memtx.memory.gated_delta_net import GatedDeltaNet
-from memtx.models.memory_transformer import MemoryTransformer, PositionsFactory
+from memtx.models.layer_factories import PositionsFactory
+from memtx.models.memory_transformer import MemoryTransformer
 
 MEMORY = "blocks.{}.attention.mixer."
 DELTA_KEYS = {

@@ -147,7 +147,8 @@ class MemoryAttention(nn.Module):
             readout = cast("ReadoutMemory", memory).readout(view, q)
             if self.gate is not None and memory.needs_gate:
                 readout, index = apply_gate(readout, self.gate[index].tanh()), index + 1
-            readouts.append(readout)
+            if not memory.is_hidden:
+                readouts.append(readout)
         return readouts
 
     def _attend_and_combine(
@@ -155,12 +156,13 @@ class MemoryAttention(nn.Module):
     ) -> Tensor:
         """Attend to the exact memory's entries, its bank through the gate if there is one, and combine the readouts."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if self.gate is not None and self.memory.has_bank:
+        if self.memory.has_bank and (self.gate is not None or self.memory.is_hidden):
             bank, exact = split_bank(visibility)
             split = bank.num_keys
             (bank_k, k), (bank_v, v) = (part.tensor_split([split], dim=2) for part in (k, v))
-            out, lse = self._attend(q, bank_k, bank_v, bank, slice_bias(bias, 0, split), return_lse=True)
-            readouts = [*readouts, apply_gate(Readout(out, lse=lse), self.gate[0].tanh())]
+            if self.gate is not None and not self.memory.is_hidden:
+                out, lse = self._attend(q, bank_k, bank_v, bank, slice_bias(bias, 0, split), return_lse=True)
+                readouts = [*readouts, apply_gate(Readout(out, lse=lse), self.gate[0].tanh())]
             visibility, bias = exact, slice_bias(bias, split, None)
         return_lse = any(readout.lse is not None for readout in readouts)
         out, lse = self._attend(q, k, v, visibility, bias, return_lse=return_lse)
@@ -217,7 +219,7 @@ class MemoryAttention(nn.Module):
         ``past_length`` is the number of tokens of each stream's document read so far, ``(batch,)`` int64.
         """
         layout = self.memory.ring_layout() if isinstance(self.memory, RingDecodable) else None
-        if layout is None or self.extra_memories or self.gate is not None:
+        if layout is None or self.extra_memories or self.gate is not None or self.memory.is_hidden:
             return None
         cache, bank = cast("RingDecodable", self.memory).split_state(state[0])
         hidden = to_ring(layout, cache, bank, past_length)

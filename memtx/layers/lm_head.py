@@ -25,9 +25,9 @@ class LinearHead(Linear):
     def __init__(self, dim: int, vocab_size: int) -> None:
         super().__init__(dim, vocab_size, bias=False)
 
-    def nll(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def nll(self, x: Tensor, labels: Tensor, log_shares: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return the negative log-likelihood of labels; see :func:`memtx.ops.cross_entropy.linear_cross_entropy`."""
-        return linear_cross_entropy(x, self.weight, labels)
+        return linear_cross_entropy(x, self.weight, labels, log_shares=log_shares)
 
 
 class NoHead(nn.Module):

@@ -57,11 +57,14 @@ class TokenMixer(nn.Module):
 
     def forward(self, x: Tensor, state: tuple[Any, ...], segment: Segment) -> tuple[Tensor, tuple[Any, ...], Losses]:
         """Return the output for x, both ``(batch, length, dim)``, the next state and no losses."""
-        out, next_state = self._standalone.mix(state[0], x, segment)
+        past = self.mixer.init_state(x.shape[0], like=x) if self.mixer.is_hidden else state[0]
+        out, next_state = self._standalone.mix(past, x, segment)
         return out, (next_state,), {}
 
-    def open_ring(self, state: tuple[Any, ...], past_length: Tensor) -> DecodeBuffers:
-        """Return the buffers of the state, which is copied."""
+    def open_ring(self, state: tuple[Any, ...], past_length: Tensor) -> DecodeBuffers | None:
+        """Return the buffers of the state, which is copied; None if the state is hidden."""
+        if self.mixer.is_hidden:
+            return None
         leaves, spec = pytree.tree_flatten(state[0])
         return DecodeBuffers(tuple(leaf.clone() for leaf in leaves), structure=spec)
 

@@ -139,6 +139,8 @@ class Memory(nn.Module, ABC, Generic[S]):
         depends_on_segmentation: If True, results depend on how a stream is cut into segments, as in some published
             schedules.
         interval: Tokens of a document between two writes. None means every token is written.
+        is_hidden: If True, nothing beyond the exact window is read from this memory, which is carried as before (see
+            :func:`memtx.models.sources.without_source`).
     """
 
     uses_layer_projections: ClassVar[bool] = False
@@ -148,6 +150,7 @@ class Memory(nn.Module, ABC, Generic[S]):
     unbounded: ClassVar[bool] = True
     depends_on_segmentation: bool = False
     interval: int | None = None
+    is_hidden: bool = False
 
     def __init__(self, dim: int) -> None:
         super().__init__()

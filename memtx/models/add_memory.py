@@ -17,7 +17,8 @@ from memtx.memory.base import Memory, ReadoutMemory
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.sinks import SinkMemory
-from memtx.models.memory_transformer import MemoryFactory, MemoryTransformer
+from memtx.models.layer_factories import MemoryFactory
+from memtx.models.memory_transformer import MemoryTransformer
 
 ModelT = TypeVar("ModelT", bound=MemoryTransformer)
 
@@ -57,7 +58,7 @@ def add_memory(
         check_at_least(1, window=window)
     factories = list(memories) if isinstance(memories, Sequence) else [memories]
     chosen = _resolve_layers(layers, model.depth)
-    adapted = _copy_with_shared_weights(model)
+    adapted = copy_with_shared_weights(model)
     configs = []
     for layer, block in enumerate(adapted._layers()):
         if isinstance(block.attention, TokenMixer):
@@ -84,7 +85,7 @@ def add_memory(
 def remove_memory(model: ModelT, window: int) -> ModelT:
     """Return a copy of a model, which shares its weights, that sees ``window`` (at least 1) exact positions alone."""
     factory = partial(RecurrentMemory, window=window)
-    adapted = _copy_with_shared_weights(model)
+    adapted = copy_with_shared_weights(model)
     configs = []
     for layer, block in enumerate(adapted._layers()):
         if isinstance(block.attention, TokenMixer):
@@ -156,7 +157,8 @@ def _update_init_args(model: MemoryTransformer, memories: Any, gated_memory: boo
     model.config = {**model.config, "init_args": init_args}
 
 
-def _copy_with_shared_weights(model: ModelT) -> ModelT:
+def copy_with_shared_weights(model: ModelT) -> ModelT:
+    """Return a copy whose parameters and buffers are the model's own tensors."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 

@@ -7,8 +7,9 @@ The module holds weights only; the state is passed in and returned.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, Self, TypeVar, cast, get_args
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,20 @@ from memtx.layers.attention import MemoryAttention
 from memtx.layers.block import Block
 from memtx.layers.feed_forward import SwiGLU, reset_linear
 from memtx.layers.lm_head import LinearHead, LMHead
-from memtx.layers.positions.base import Positions
 from memtx.layers.positions.rotary import Rotary
-from memtx.layers.token_mixer import StandaloneMemory, TokenMixer
-from memtx.memory.base import Losses, Memory
+from memtx.memory.base import Losses
 from memtx.memory.compressed import CompressedMemory
+from memtx.memory.copy_memory import CopyMemory, CopyView
 from memtx.memory.kv_ring import DecodeBuffers, DecodeStep
+from memtx.models.layer_factories import (
+    FeedForwardFactory,
+    MemoryFactory,
+    NormPlacement,
+    PositionsFactory,
+    build_block,
+    memory_stacks,
+    per_layer,
+)
 from memtx.models.recurrent_lm import MemoryOutput
 from memtx.models.segmented_forward import (
     LayerStates,
@@ -39,23 +48,6 @@ from memtx.ops.attention.dispatch import AttentionBackend
 from memtx.ops.cross_entropy import IGNORE_INDEX
 from memtx.segment import Segment
 from memtx.state import MemoryState
-
-T = TypeVar("T")
-
-NormPlacement = Literal["pre", "post", "sandwich"]
-"""Position of a layer's norms: before its parts, after them, or both."""
-
-FeedForwardFactory = Callable[[int], nn.Module]
-"""Returns a layer's feed-forward part, given dim."""
-
-PositionsFactory = Callable[[int, int], Positions]
-"""Returns a layer's position encoding, given (heads, head_dim)."""
-
-MemoryFactory = Callable[[int], Memory[Any]]
-"""Returns a layer's memory, given dim.
-
-In a union it follows its sequence: jsonargparse tries the members in order and would accept a list as a callable.
-"""
 
 
 class MemoryTransformer(PretrainedModel):
@@ -97,12 +89,14 @@ class MemoryTransformer(PretrainedModel):
         embedding_scale: Factor of the embeddings in the layers' input, not in the output projection.
         layer_feed_forward: One ``feed_forward`` per layer. Defaults to the same for all.
         layer_positions: One ``positions`` per layer. Defaults to the same for all.
+        output_memory: Factory of a memory that is mixed into the prediction, given dim. None disables it.
 
     Raises:
         MemtxError: A number is out of range, or numbers do not divide as they must.
     """
 
     # A subclass that creates parts of its own inherits the rest.
+    output_memory: CopyMemory | None
     embedding: nn.Module
     embedding_scale: Tensor
     scales_embedding = False
@@ -138,6 +132,7 @@ class MemoryTransformer(PretrainedModel):
         embedding_scale: float = 1.0,
         layer_feed_forward: Sequence[FeedForwardFactory] | None = None,
         layer_positions: Sequence[PositionsFactory] | None = None,
+        output_memory: Callable[[int], CopyMemory] | None = None,
     ) -> None:
         arguments = dict(locals())
         super().__init__()
@@ -159,18 +154,19 @@ class MemoryTransformer(PretrainedModel):
         )  # fmt: skip
         position_args = heads, head_dim if head_dim is not None else dim // heads
         self.blocks = nn.ModuleList(
-            _build_block(dim, stack, attention, partial(make_positions, *position_args), make_ff, norm, norms, dropout)
+            build_block(dim, stack, attention, partial(make_positions, *position_args), make_ff, norm, norms, dropout)
             for stack, make_positions, make_ff, norms in zip(
-                _memory_stacks(memories, depth),
-                _per_layer("layer_positions", layer_positions or positions, depth),
-                _per_layer("layer_feed_forward", layer_feed_forward or feed_forward, depth),
-                _per_layer("norm_placement", cast("Any", norm_placement), depth),
+                memory_stacks(memories, depth),
+                per_layer("layer_positions", layer_positions or positions, depth),
+                per_layer("layer_feed_forward", layer_feed_forward or feed_forward, depth),
+                per_layer("norm_placement", cast("Any", norm_placement), depth),
                 strict=True,
             )
         )
         self.init_memory_tokens()
         self.norm = norm(dim)
         self.head = head = LinearHead(dim, vocab_size)
+        self.output_memory = output_memory(dim) if output_memory is not None else None
         self.reset_parameters()
         if tie_embeddings:
             head.weight = embedding.weight
@@ -196,12 +192,12 @@ class MemoryTransformer(PretrainedModel):
         return remove_memory(self, window)
 
     def memory_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters of the memories by name: their own, their gates and the write tokens."""
+        """Return the parameters of all memories by name: their own, their gates and the write tokens."""
         parts = (".attention.memory.", ".attention.extra_memories.", ".attention.gate")
         return {
             name: parameter
             for name, parameter in self.named_parameters()
-            if name == "write_tokens" or any(part in name for part in parts)
+            if name.startswith(("write_tokens", "output_memory.")) or any(part in name for part in parts)
         }
 
     def init_memory_tokens(self) -> None:
@@ -235,6 +231,8 @@ class MemoryTransformer(PretrainedModel):
             tuple(memory.init_state(batch_size, like=like) for memory in block.attention.memories)
             for block in self._layers()
         )
+        if self.output_memory is not None:
+            layers = (*layers, (self.output_memory.init_state(batch_size, like=like),))
         return MemoryState(torch.zeros(batch_size, dtype=torch.int64, device=like.device), layers)
 
     def forward(
@@ -275,7 +273,7 @@ class MemoryTransformer(PretrainedModel):
         x = self.dropout(self._embed(tokens, segment.position))
         run_layers = partial(self._run_layers, keep_hidden_states=return_hidden_states)
         chunk_ends = find_chunk_ends(segment, self._layers())
-        call = (chunk_ends, x, state, document_starts)
+        call = (chunk_ends, x, replace(state, layers=state.layers[: self.depth]), document_starts)
         if self.memory_tokens is not None:
             hidden, layers, losses = forward_with_memory_tokens(
                 run_layers, self._layers(), self.memory_tokens, self.write_tokens, *call
@@ -283,20 +281,35 @@ class MemoryTransformer(PretrainedModel):
         elif chunk_ends:
             hidden, layers, losses = forward_in_chunks(run_layers, *call)
         else:
-            hidden, layers, losses = run_layers(x, state.layers, segment)
+            hidden, layers, losses = run_layers(x, state.layers[: self.depth], segment)
         x = self.norm(hidden[-1])
+        copy_view = None
+        if self.output_memory is not None:
+            copy_view = self.output_memory.read(state.layers[-1][0], x, tokens, segment)
+            layers = (*layers, (copy_view.next_state,))
+            copy_view = None if self.output_memory.is_hidden else copy_view
         logits = loss = language_loss = nll = None
         if labels is None:
             logits = self.head(x)
+            if copy_view is not None:
+                logits = copy_view.mix(logits)
         else:
-            flat_labels = labels.reshape(-1)
-            nll_sum, nll = self.head.nll(x.flatten(0, 1), flat_labels)
-            nll = nll.view_as(labels)
-            language_loss = nll_sum / (flat_labels != IGNORE_INDEX).sum().clamp(min=1)
+            nll_sum, nll = self._nll(x, labels, copy_view)
+            language_loss = nll_sum / (labels != IGNORE_INDEX).sum().clamp(min=1)
             loss = language_loss + sum(losses.values())
         hidden_states = tuple(hidden) if return_hidden_states else None
         next_state = MemoryState(segment.next_position, layers)
         return MemoryOutput(logits, hidden_states, next_state, loss, language_loss, nll, losses)
+
+    def _nll(self, x: Tensor, labels: Tensor, copy_view: CopyView | None) -> tuple[Tensor, Tensor]:
+        """Return the negative log-likelihood of the labels, summed with gradient, and of each, ``(batch, length)``."""
+        if copy_view is None:
+            nll_sum, nll = self.head.nll(x.flatten(0, 1), labels.reshape(-1))
+        else:
+            log_share, log_copied = (share.flatten() for share in copy_view.label_log_shares(labels))
+            head = cast("LinearHead", self.head)
+            nll_sum, nll = head.nll(x.flatten(0, 1), labels.reshape(-1), (log_share, log_copied))
+        return nll_sum, nll.view_as(labels)
 
     def _embed(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Return ``(..., dim)`` for tokens at positions, both ``(...)`` int64."""
@@ -327,16 +340,20 @@ class MemoryTransformer(PretrainedModel):
         return all(memory.supports_padding for block in self._layers() for memory in block.attention.memories)
 
     def to_rings(self, state: MemoryState) -> list[DecodeBuffers] | None:
-        """Return one ring per layer with a state's content, for decoding in place; None if a memory has no ring."""
-        blocks = zip(self._layers(), state.layers, strict=True)
+        """Return a ring per layer, then the output memory's, with a state's content; None if a memory has no ring."""
+        blocks = zip(self._layers(), state.layers[: self.depth], strict=True)
         rings = [block.attention.open_ring(layer_state, state.position) for block, layer_state in blocks]
+        if (memory := self.output_memory) is not None:
+            rings.append(None if memory.is_hidden else memory.open_ring(state.layers[-1][0], state.position))
         supported = [ring for ring in rings if ring is not None]
         return supported if len(supported) == len(rings) else None
 
     def from_rings(self, rings: Sequence[DecodeBuffers], position: Tensor) -> MemoryState:
         """Return the content of the rings as a state; position: ``(batch,)`` int64, tokens read so far."""
-        blocks = zip(self._layers(), rings, strict=True)
+        blocks = zip(self._layers(), rings[: self.depth], strict=True)
         layers = tuple(block.attention.close_ring(cast("Any", ring), position) for block, ring in blocks)
+        if self.output_memory is not None:
+            layers = (*layers, (self.output_memory.close_ring(rings[-1], position),))
         return MemoryState(position.clone(), layers)
 
     def decode_step(self, tokens: Tensor, rings: Sequence[DecodeBuffers], step: DecodeStep) -> Tensor:
@@ -345,55 +362,10 @@ class MemoryTransformer(PretrainedModel):
         For the Decoder: ``rings``, from :meth:`to_rings`, are changed in place; ``step`` has the tokens' positions.
         """
         x = self._embed(tokens, step.position)
-        for block, ring in zip(self._layers(), rings, strict=True):
+        for block, ring in zip(self._layers(), rings[: self.depth], strict=True):
             x = block.step(x, ring, step)
-        return self.head(self.norm(x))
-
-
-def _build_block(
-    dim: int,
-    stack: Sequence[MemoryFactory],
-    attention: Callable[..., MemoryAttention],
-    positions: Callable[[], Positions],
-    feed_forward: FeedForwardFactory,
-    norm: Callable[[int], nn.Module],
-    norm_placement: NormPlacement,
-    dropout: float,
-) -> Block:
-    """Return a layer with the memories of a stack, the attention being replaced if the first stands alone."""
-    memories = [factory(dim) for factory in stack]
-    if norm_placement not in get_args(NormPlacement):
-        raise MemtxError(f"norm_placement is {norm_placement!r}.", f"Give one of {', '.join(get_args(NormPlacement))}.")
-    if not isinstance(memories[0], StandaloneMemory):
-        mixer: MemoryAttention | TokenMixer = attention(memories[0], positions(), extra_memories=memories[1:])
-    elif len(memories) == 1:
-        mixer = TokenMixer(memories[0])
-    else:
-        message = f"{type(memories[0]).__name__} replaces attention but has other memories beside it."
-        raise MemtxError(message, "Give it a layer of its own.")
-    pre, post = (
-        [norm(dim) if norm_placement in placements else None for _ in range(2)]
-        for placements in (("pre", "sandwich"), ("post", "sandwich"))
-    )
-    return Block(mixer, feed_forward(dim), pre[0] or nn.Identity(), pre[1] or nn.Identity(), dropout, *post)
-
-
-def _per_layer(name: str, value: Sequence[T] | T, depth: int) -> Sequence[T]:
-    """Return an option's values by layer; a value that is not a list is that of all layers."""
-    values = cast("Sequence[T]", value if isinstance(value, list | tuple) else [value] * depth)
-    if len(values) != depth:
-        raise MemtxError(f"There are {len(values)} {name} for {depth} layers.", f"Give one for all layers, or {depth}.")
-    return values
-
-
-def _memory_stacks(
-    memories: Sequence[Sequence[MemoryFactory] | MemoryFactory], depth: int
-) -> list[Sequence[MemoryFactory]]:
-    """Return the memory factories of each layer."""
-    if len(memories) not in (1, depth):
-        message = f"There are {len(memories)} memories for {depth} layers."
-        raise MemtxError(message, f"Give one for all layers, or {depth}.")
-    stacks = [memory if isinstance(memory, Sequence) else [memory] for memory in memories]
-    if not all(stacks):
-        raise MemtxError("A layer's list of memories is empty.", "Give NoMemory for a layer without memory.")
-    return stacks if len(stacks) == depth else stacks * depth
+        x = self.norm(x)
+        logits = self.head(x)
+        if self.output_memory is not None:
+            logits = self.output_memory.step(x, logits, tokens, rings[-1], step)
+        return logits

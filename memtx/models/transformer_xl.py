@@ -108,6 +108,7 @@ class TransformerXL(MemoryTransformer):
         self.position_bias = nn.Parameter(torch.zeros(bias_shape)) if share_biases else None
         self.blocks = nn.ModuleList(blocks)
         self.init_memory_tokens()
+        self.output_memory = None
         self.norm = nn.Dropout(dropout)  # as published, there is no last norm
         head = partial(AdaptiveSoftmax, tie_embeddings=tie_embeddings, tie_projections=tie_projections)
         self.head = head(self.embedding) if add_lm_head else NoHead()

@@ -23,7 +23,14 @@ MAX_CHUNK_LOGITS = 1 << 21
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_states: Tensor, weight: Tensor, labels: Tensor, needs_grad: bool, max_chunk_logits: int
+        ctx: Any,
+        hidden_states: Tensor,
+        weight: Tensor,
+        log_share: Tensor | None,
+        log_other: Tensor | None,
+        labels: Tensor,
+        needs_grad: bool,
+        max_chunk_logits: int,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         device = hidden_states.device.type
@@ -35,6 +42,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_states) if needs_grad else None
         # Transposed, with the vocabulary contiguous: the layout in which the product is accumulated fastest.
         grad_weight = weight.new_zeros(weight.shape[::-1]) if needs_grad else None
+        # The share of the head's own prediction in the probability of each label.
+        posterior = torch.empty_like(nll) if log_share is not None else None
         chunk_size = max(1, max_chunk_logits // weight.shape[0])
         with torch.autocast(device, enabled=False):
             for start in range(0, hidden_states.shape[0], chunk_size):
@@ -45,29 +54,43 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 label_logit, max_logit = logits.gather(1, index)[:, 0].to(dtype), logits.amax(1).to(dtype)
                 probs = torch.softmax(logits, dim=-1, dtype=dtype)
                 # logsumexp = max - log softmax(max): exact, because the largest probability is never small.
-                nll[chunk] = (max_logit - probs.amax(1).log() - label_logit).masked_fill(ignored, 0.0)
+                chunk_nll = max_logit - probs.amax(1).log() - label_logit
+                if posterior is not None and log_share is not None and log_other is not None:
+                    log_prob = log_share[chunk] - chunk_nll
+                    chunk_nll = -torch.logaddexp(log_prob, log_other[chunk])
+                    posterior[chunk] = (log_prob + chunk_nll).exp().masked_fill(ignored, 0.0)
+                nll[chunk] = chunk_nll.masked_fill(ignored, 0.0)
                 if grad_hidden is None or grad_weight is None:
                     continue
                 # d nll / d logits = softmax - one_hot(label).
                 probs.scatter_add_(1, index, torch.full_like(label_logit, -1.0)[:, None])
+                if posterior is not None:
+                    probs.mul_(posterior[chunk, None])
                 grad_logits = probs.to(cast_weight.dtype)
                 grad_hidden[chunk] = linear(grad_logits, cast_weight.T).masked_fill_(ignored[:, None], 0.0)
                 inputs = hidden_states[chunk].masked_fill(ignored[:, None], 0.0)
                 accumulate_weight_grad(grad_weight, inputs, grad_logits)
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        other = None if posterior is None else (1.0 - posterior).masked_fill(labels == IGNORE_INDEX, 0.0)
+        ctx.save_for_backward(grad_hidden, grad_weight, posterior, other)
         ctx.mark_non_differentiable(nll)
         return nll.sum(), nll
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_hidden, grad_weight, *posteriors = ctx.saved_tensors
         scaled = torch.mul(grad_weight.T, grad_total, out=grad_weight.new_empty(grad_weight.shape[::-1]))
-        return (grad_hidden * grad_total).to(grad_hidden.dtype), scaled, None, None, None
+        grad_shares = (None if posterior is None else posterior * -grad_total for posterior in posteriors)
+        return (grad_hidden * grad_total).to(grad_hidden.dtype), scaled, *grad_shares, None, None, None
 
 
 def linear_cross_entropy(
-    hidden_states: Tensor, weight: Tensor, labels: Tensor, *, max_chunk_logits: int = MAX_CHUNK_LOGITS
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    log_shares: tuple[Tensor, Tensor] | None = None,
+    max_chunk_logits: int = MAX_CHUNK_LOGITS,
 ) -> tuple[Tensor, Tensor]:
     """Compute the negative log-likelihood of the labels: the sum, with gradient, and ``(tokens,)``, without.
 
@@ -77,8 +100,13 @@ def linear_cross_entropy(
         hidden_states: ``(tokens, dim)``.
         weight: ``(vocab, dim)``, the output projection.
         labels: ``(tokens,)`` int64; -100 for tokens that do not count.
+        log_shares: Log-weight of this prediction in a mixture, and log-probability that its other part adds to each
+            label, both ``(tokens,)`` with gradient. None if there is no other part.
         max_chunk_logits: Maximum number of logits held at a time.
     """
     needs_grad = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
-    total, nll = _LinearCrossEntropy.apply(hidden_states, weight, labels, needs_grad, max_chunk_logits)  # type: ignore[no-untyped-call]
+    log_share, log_other = log_shares or (None, None)
+    total, nll = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_states, weight, log_share, log_other, labels, needs_grad, max_chunk_logits
+    )
     return total, nll

@@ -13,6 +13,7 @@ from memtx.data.batch import Batch
 from memtx.errors import MemtxError, check_at_least
 from memtx.models.add_memory import Retrofit
 from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.sources import list_sources
 from memtx.state import MemoryState
 from memtx.training.base_module import BaseModule
 from memtx.training.carry import Carry, StateReset, restore_rank_state
@@ -39,9 +40,11 @@ class LanguageModule(BaseModule):
         compile: If True, run the model through ``torch.compile``.
         activation_checkpointing: If True, recompute each layer in the backward pass: about a third more time, and
             activations of a single layer.
-        measure_memory_gain: If True, validation reads the texts once more with the memory cleared at every segment and
-            logs the difference in bits per byte, ``val_memory_gain``, and by distance in tokens from the start of the
-            document, ``val_memory_gain_N``.
+        measure_memory_gain: If True, validation reads the texts again without the memories and logs the difference in
+            bits per byte: without all but the exact window, ``val_memory_gain``, and the same by distance in tokens
+            from the start of the document, ``val_memory_gain_N``; without one of several sources,
+            ``val_memory_gain/SOURCE`` (see :func:`memtx.models.sources.list_sources`); and what the window carries from
+            segment to segment, ``val_memory_gain/window``. Each is one more pass.
         replay: If True, recompute each segment in the backward pass and store only the states between segments: equal
             gradients, about a third more time, and memory that hardly grows with ``bptt_segments``.
         freeze_base: If True, train the memories alone and keep the model that they were added to.
@@ -94,7 +97,7 @@ class LanguageModule(BaseModule):
             self.model.compile(dynamic=False)
         self.carry = Carry()
         self.metrics = LanguageMetrics()
-        self.memory_gain = MemoryGain(segment_length) if measure_memory_gain else None
+        self.memory_gain = MemoryGain(segment_length, list_sources(self.model)) if measure_memory_gain else None
         distillation = self.distillation
         self._resets_every_step = bool(compression_rates) or (
             distillation is not None and distillation.resets_every_step
@@ -163,7 +166,8 @@ class LanguageModule(BaseModule):
         state = self._initial_state(stage, batch, batch_idx)
         output = self._read(stage, batch, state)
         if stage == "val" and self.memory_gain is not None:
-            self.memory_gain.update(self.model, batch, output.nll, state)
+            is_first = batch_idx == 0 or not self.carries_state
+            self.memory_gain.update(self.model, batch, output.nll, state, is_first=is_first)
         self.metrics.update_and_log(self, stage, batch, output.nll.sum(dtype=torch.float64), output.num_scored)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:

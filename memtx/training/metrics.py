@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import lightning.pytorch as pl
@@ -14,8 +14,10 @@ from torchmetrics import MeanMetric, Metric
 from memtx.data.batch import IGNORE_INDEX, Batch
 from memtx.metrics import BitsPerByte, BitsPerCharacter, WordPerplexity
 from memtx.models.recurrent_lm import RecurrentLanguageModel
+from memtx.models.sources import hide_sources
 from memtx.segment import Segment
 from memtx.state import MemoryState
+from memtx.training.tbptt import UnrollOutput, unroll
 
 NUM_DISTANCE_RANGES = 5
 """Number of ranges of distance from the start of a document, each four times as long as the one before."""
@@ -87,19 +89,29 @@ class LanguageMetrics(nn.ModuleDict):
 
 
 class MemoryGain(nn.Module):
-    """Bits per byte with the memory cleared at every segment, minus bits per byte with the memory.
+    """Bits per byte read without a source of memory, minus bits per byte read with all of them.
 
-    It tells a memory that is used from one that is only carried: the loss falls in both cases.
+    It tells a memory that is used from one that is only carried: the loss falls in both cases. Readings without a
+    source carry a state of their own. The exact window's figure is that of readings without any source, each segment
+    from a fresh state, against such readings of the whole stream.
 
     Args:
         segment_length: Tokens per call; memory makes no difference before the second segment of a document.
+        sources: Sources of the model.
     """
 
-    def __init__(self, segment_length: int) -> None:
+    def __init__(self, segment_length: int, sources: Sequence[str] = ()) -> None:
         super().__init__()
         self.segment_length = segment_length
-        self.total = BitsPerByte()
+        self.sources = tuple(sources)
+        # By name of the figure, the sources hidden for it.
+        self._readings = {"memory_gain": self.sources} if sources else {}
+        if len(sources) > 1:
+            self._readings |= {f"memory_gain/{source}": (source,) for source in sources}
+        names = ("memory_gain/window", *self._readings)
+        self.by_source = nn.ModuleDict({name: BitsPerByte() for name in names})
         self.by_distance = nn.ModuleList(BitsPerByte() for _ in range(NUM_DISTANCE_RANGES))
+        self._states: dict[str, MemoryState] = {}
 
     def _distance_ranges(self) -> Iterator[tuple[int, BitsPerByte]]:
         for number, metric in enumerate(self.by_distance):
@@ -107,45 +119,68 @@ class MemoryGain(nn.Module):
             yield self.segment_length * 4**number, metric
 
     @torch.no_grad()
-    def update(self, model: RecurrentLanguageModel, batch: Batch, nll: Tensor, state: MemoryState) -> None:
-        """Read a batch again, each segment with a fresh state; do nothing for a model without memory.
+    def update(
+        self, model: RecurrentLanguageModel, batch: Batch, nll: Tensor, state: MemoryState, *, is_first: bool
+    ) -> None:
+        """Read a batch again without each source and without all; do nothing for a model without memory.
 
         The model is in eval mode and ``state`` the one before the batch, whose last segment may be short. ``nll`` is
-        the negative log-likelihood of each label with the memory, ``(batch, length)`` in nats.
+        the negative log-likelihood of each label with the memory, ``(batch, length)`` in nats. ``is_first`` begins the
+        readings without a source from ``state``.
         """
         if not any(leaf.numel() for leaf in pytree.tree_leaves(state.layers)):
             return
-        length = batch.tokens.shape[1]
-        nll_without_memory = []
-        for start in range(0, length, self.segment_length):
-            part = slice(start, start + self.segment_length)
-            output = model(
-                batch.tokens[:, part],
-                model.init_state(batch.tokens.shape[0]),
-                document_starts=batch.document_starts[:, part],
-                labels=batch.labels[:, part],
-            )
-            assert output.nll is not None
-            nll_without_memory.append(output.nll)
-        gain = torch.cat(nll_without_memory, dim=1).double() - nll.double()
+        assert isinstance(model, nn.Module)
+        if is_first:
+            self._states.clear()
+
+        def read(part: slice, state: MemoryState) -> UnrollOutput:
+            tokens, labels, begins = (x[:, part] for x in (batch.tokens, batch.labels, batch.document_starts))
+            return unroll(model, tokens, labels, begins, state, segment_length=self.segment_length)
+
+        window_nll, length = nll, nll.shape[1]
+        for name, hidden in self._readings.items():
+            with hide_sources(model, hidden):
+                output = read(slice(length), self._states.get(name, state))
+            self._states[name] = output.state
+            self._update(name, batch, output.nll.double() - nll.double())
+            if name == "memory_gain":
+                window_nll = output.nll
+                self._update_distances(batch, output.nll.double() - nll.double(), state)
+        fresh = []
+        with hide_sources(model, self.sources):
+            for start in range(0, length, self.segment_length):
+                part = slice(start, start + self.segment_length)
+                fresh.append(read(part, model.init_state(len(nll))).nll)
+        window_gain = torch.cat(fresh, dim=1).double() - window_nll.double()
+        self._update("memory_gain/window", batch, window_gain)
+
+    def _update(self, name: str, batch: Batch, gain: Tensor) -> None:
+        cast(Metric, self.by_source[name]).update(gain, batch.num_bytes)
+
+    def _update_distances(self, batch: Batch, gain: Tensor, state: MemoryState) -> None:
         scored = batch.labels != IGNORE_INDEX
         # The bytes of a stream are known, not those of a token: they are spread evenly over its scored tokens.
         token_bytes = batch.num_bytes.double() / scored.sum(1).clamp(min=1)
-        self.total.update(gain, batch.num_bytes)
-        positions = Segment.from_document_starts(state.position, length, batch.document_starts).position
+        positions = Segment.from_document_starts(state.position, gain.shape[1], batch.document_starts).position
         last = self.segment_length * 4 ** (NUM_DISTANCE_RANGES - 1)
         for low, metric in self._distance_ranges():
             in_range = (positions >= low) & ((positions < 4 * low) | (low == last))
             metric.update(gain * in_range, (scored & in_range).sum(1) * token_bytes)
 
     def compute_and_reset(self) -> dict[str, Tensor]:
-        """Return ``memory_gain`` of all bytes and ``memory_gain_N`` of those N to 4 N tokens into a document.
+        """Return the gains by name.
 
-        The last range has no end. Ranges that no text reached are left out, on all ranks alike.
+        ``memory_gain`` is that of all sources, ``memory_gain_N`` the same N to 4 N tokens into a document, where the
+        last range has no end, ``memory_gain/SOURCE`` that of one source, and ``memory_gain/window`` that of the exact
+        window. Ranges that no text reached are left out, on all ranks alike.
         """
-        metrics = {"memory_gain": self.total}
+        metrics = {name: cast(Metric, metric) for name, metric in self.by_source.items()}
         metrics |= {f"memory_gain_{low}": metric for low, metric in self._distance_ranges()}
         values = {name: metric.compute().float() for name, metric in metrics.items() if metric.update_called}
         for metric in metrics.values():
             metric.reset()
+        self._states.clear()
+        if len(self.sources) == 1 and "memory_gain" in values:
+            values[f"memory_gain/{self.sources[0]}"] = values["memory_gain"]
         return {name: value for name, value in values.items() if not value.isnan()}

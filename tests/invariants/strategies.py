@@ -14,7 +14,7 @@ from memtx import FeedForward, MemoryTransformer
 from memtx.layers.positions.base import Alibi
 from memtx.layers.positions.rotary import Rotary
 from memtx.state import MemoryState
-from tests.memory_zoo import KINDS
+from tests.memory_zoo import KINDS, output_memory
 
 VOCAB_SIZE = 11
 
@@ -55,6 +55,7 @@ def cases(draw: st.DrawFn, kind: str, batch_size: int | None = None) -> Case:
     model = MemoryTransformer(
         VOCAB_SIZE, dim=8, depth=2, heads=2, kv_heads=kv_heads,
         memories=[KINDS[kind](window, compression_rate, num_entries)], feed_forward=FeedForward, positions=positions,
+        output_memory=output_memory(kind, window, compression_rate),
     ).double()  # fmt: skip
     with torch.no_grad():
         for parameter in model.parameters():

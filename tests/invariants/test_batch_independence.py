@@ -72,7 +72,7 @@ def test_joined_streams_continue_as_separate_ones(kind: str, data: st.DataObject
         assert (logits[index : index + 1] - read(stream, state=state)[0]).abs().max() < EXACT
 
 
-PADDED_KINDS = ["recurrent", "compressed-convolution", "compressed-most_used", "gated-delta-net"]
+PADDED_KINDS = ["recurrent", "compressed-convolution", "compressed-most_used", "gated-delta-net", "copy"]
 
 
 @pytest.mark.parametrize("kind", PADDED_KINDS)
@@ -93,7 +93,7 @@ def test_padded_streams_equal_separate_ones(kind: str, data: st.DataObject) -> N
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in KINDS if not kind.startswith(("recurrent", "compressed", "gated-delta"))]
+    "kind", [kind for kind in KINDS if not kind.startswith(("recurrent", "compressed", "gated-delta", "copy"))]
 )
 def test_kinds_without_padding_support_reject_it(kind: str) -> None:
     model = MemoryTransformer(11, dim=8, depth=1, heads=2, memories=[KINDS[kind](4, 2, 2)]).eval()

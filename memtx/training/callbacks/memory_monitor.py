@@ -160,6 +160,6 @@ class UnusedMemoryWarning(pl.Callback):
         change = f"{-gain:.4f} better" if gain < 0 else f"only {gain:.4f} worse"
         trainer_state.write_status(
             trainer,
-            f"The memory is not used: cleared at every segment, the last {self._num_without_gain} validations are no "
+            f"The memory is not used: without it, the last {self._num_without_gain} validations are no "
             f"worse, this one {change} in bits per byte. Shorter segments, more bptt_segments or more steps may help.",
         )
