@@ -18,7 +18,7 @@ from memtx.layers.positions.base import Memoize, Positions
 from memtx.memory.base import LayerActivations, Losses, Memory, Readout, ReadoutMemory, View
 from memtx.memory.kv_ring import DecodeStep, KVRing, RingDecodable, from_ring, to_ring
 from memtx.ops.attention.bias import ScoreBias, append_key_bias, slice_bias
-from memtx.ops.attention.dispatch import AttentionBackend, segment_attention
+from memtx.ops.attention.dispatch import AttentionBackend, has_decode_kernel, segment_attention
 from memtx.ops.attention.mask import Visibility, split_bank
 from memtx.ops.cpu.linear import Linear, linear
 from memtx.segment import Segment
@@ -240,8 +240,14 @@ class MemoryAttention(nn.Module):
         position = step.memo("position", lambda: step.position[:, None].double())
         # Read before the token is written: its slot holds the oldest state of the evicted block.
         block = ring.hidden[stream[:, None], plan.block_slots] if plan.block_slots is not None else None
-        ring.hidden[stream, plan.slot] = x.to(ring.hidden.dtype)
-        ring.key_value[stream, plan.slot] = self._positioned_keys_values(x[:, None], position, step.memo)[:, 0]
+        q, gate = self._project_queries(x[:, None])
+        k, v = self._split_keys_values(self.key_value(x[:, None]))
+        has_kernel = self.positions.is_rotation and has_decode_kernel(q, self.backend)
+        if not has_kernel or block is not None:
+            ring.hidden[stream, plan.slot] = x.to(ring.hidden.dtype)
+        if not has_kernel:
+            key_value = torch.stack([self.positions.apply_absolute(k, position, step.memo), v], dim=-3)
+            ring.key_value[stream, plan.slot] = key_value[:, 0]
         if block is not None:
             recent = ring.hidden[stream[:, None], plan.recent_slots]
             entry = cast("RingDecodable", self.memory).compress_block(block.to(x.dtype), recent.to(x.dtype), self)
@@ -251,7 +257,15 @@ class MemoryAttention(nn.Module):
                 evicts = plan.evicts_block.view(-1, *(1,) * (update.dim() - 1))
                 current = buffer[stream, plan.bank_slot]
                 buffer[stream, plan.bank_slot] = torch.where(evicts, update.to(buffer.dtype), current)
-        q, gate = self._project_queries(x[:, None])
+        if has_kernel:
+            from memtx.ops.attention.triton_decode import attend_ring
+
+            rotation = self.positions.rotation(position, step.memo)
+            attended = attend_ring(
+                q[:, 0], k[:, 0], v[:, 0], None if rotation is None else rotation[:, 0, 0], x, *ring.buffers, plan.slot,
+                plan.visible, self.head_dim**-0.5,
+            )  # fmt: skip
+            return self.out(self._apply_output_gate(attended.flatten(1), gate))
         q = self.positions.apply_absolute(q, position, step.memo)
         k, v = ring.key_value.unbind(2)
         bias = self.positions.score_bias(plan.offset, plan.visibility.memo)

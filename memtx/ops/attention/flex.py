@@ -1,8 +1,8 @@
 """Attention by torch's flex_attention, with the intervals as a mask function; masked blocks are skipped.
 
-Meant for CUDA, where it compiles to one kernel per bucket of shapes, to which queries and keys are padded; on the CPU it
-runs uncompiled, for comparison. The block mask depends only on the static key ranges and is cached by shape. The mask
-function reads the intervals as tensors, so nothing is rebuilt or recompiled as the memory fills.
+Meant for CUDA, where it compiles to one kernel per bucket of lengths, to which queries and keys are padded; on the CPU
+it runs uncompiled, for comparison. The block mask depends only on the static key ranges and is cached by shape. The
+mask function reads the intervals as tensors, so nothing is rebuilt or recompiled as the memory fills.
 """
 
 from __future__ import annotations

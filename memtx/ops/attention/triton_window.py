@@ -223,11 +223,17 @@ def _backward_keys(  # type: ignore[no-untyped-def]
 
 
 def choose_tiles(head_dim: int, dtype: torch.dtype, direction: str) -> dict[str, int]:
-    """Return queries (M) and keys (N) per tile, warps and stages that fit an SM's shared memory and registers."""
+    """Return queries (M) and keys (N) per tile, warps and stages that fit an SM's shared memory and registers.
+
+    ``direction`` is "forward", "backward_queries" or "backward_keys".
+    """
     if IS_INTERPRETED:
         return {"M": 16, "N": 32}
     if dtype == torch.float32:
         # Without tensor cores every product passes through registers: small tiles, many warps.
+        if direction == "backward_queries":
+            size = 16 if head_dim == 128 else 32
+            return {"M": size, "N": size, "num_warps": 8, "num_stages": 1}
         return {"M": 32, "N": 32, "num_warps": 8 if head_dim == 128 else 4, "num_stages": 1}
     if direction == "forward":
         return {"M": 128, "N": 64, "num_warps": 8 if head_dim == 128 else 4, "num_stages": 3}

@@ -42,32 +42,6 @@ def test_interpreted_kernel_matches_the_reference() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("kernel", ["_forward", "_backward_queries", "_backward_keys"])
-def test_kernels_compile_for_hopper_without_a_gpu(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiles to machine code in bfloat16, within the shared memory."""
-    compiler = pytest.importorskip("triton.compiler")
-    backends = pytest.importorskip("triton.backends.compiler")
-    triton_window = pytest.importorskip("memtx.ops.attention.triton_window")
-    if triton_window.IS_INTERPRETED:
-        pytest.skip("Triton's interpreter is on: nothing is compiled")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function = getattr(triton_window, kernel)
-    tiles = triton_window.choose_tiles(64, torch.bfloat16, "forward" if kernel == "_forward" else "backward")
-    options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
-    constants = {"HEADS": 8, "KV_HEADS": 4, "GROUP": 2, "NUM_KEY_RANGES": 2, "D": 64, "PRECISION": "ieee"}
-    constants |= {"HAS_GRAD_LSE": True} | tiles
-    types = dict.fromkeys(("q", "k", "v", "out", "grad_out", "dq", "dk", "dv"), "*bf16")
-    types |= dict.fromkeys(("lse", "grad_lse", "delta"), "*fp32") | {"scale": "fp32"}
-    types |= dict.fromkeys(("visible_from", "visible_until", "key_bounds", "query_bounds"), "*i32")
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in function.arg_names}
-    values = {name: constants[name] for name in signature if name in constants}
-    source = compiler.ASTSource(function, signature, values)
-    compiled = compiler.compile(source, target=backends.GPUTarget("cuda", 90, 32), options=options)
-    assert compiled.asm["cubin"]
-    assert compiled.metadata.shared <= 227 * 1024
-
-
-@needs_triton
 def test_bounds_are_built_once_per_shape() -> None:
     triton_window = pytest.importorskip("memtx.ops.attention.triton_window")
     key_ranges = (KeyRange(40, -120, 3, 60), KeyRange(100, -50, 1, 50))
