@@ -282,3 +282,43 @@ def plot_seed_comparison(
     axes.use_sticky_edges = False
     axes.margins(x=0.08)
     _save_figure(figure, path)
+
+
+def plot_intervals(
+    path: str | os.PathLike[str],
+    panels: Mapping[str, Mapping[str, tuple[float, float, float]]],
+    *,
+    title: str = "Differences",
+    unit: str = "",
+) -> None:
+    """Draw panels of differences, one above the other: a dot for each mean, a bar over its interval.
+
+    ``panels`` maps a title to intervals, (mean, low, high) by name. Intervals that leave out zero are in color: blue
+    below zero, orange above.
+    """
+    if not panels or not all(panels.values()):
+        raise MemtxError("A plot of intervals needs at least one panel, and an interval in each.")
+    for name, interval in (item for intervals in panels.values() for item in intervals.items()):
+        mean, low, high = interval
+        if not np.isfinite(interval).all() or not low <= mean <= high:
+            raise MemtxError(f"Interval '{name}' is {tuple(interval)}, expected finite numbers (mean, low, high).")
+    heights = list(map(len, panels.values()))
+    figure = _create_figure(9, 1.2 + 0.34 * sum(heights) + 0.6 * len(panels), title)
+    all_axes = figure.subplots(
+        len(panels), 1, squeeze=False, sharex=True, height_ratios=[size + 0.8 for size in heights]
+    )
+    for axes, (name, intervals) in zip(all_axes[:, 0], panels.items(), strict=True):
+        _style_axes(axes, name, f"{unit}, lower is better" if axes is all_axes[-1, 0] else "", "")
+        axes.grid(False, axis="y")
+        axes.axvline(0.0, color=MUTED_COLOR, linewidth=0.9, linestyle=DASHED)
+        # The axis grows upwards, and the first interval is on top.
+        for height, (mean, low, high) in enumerate(reversed(list(intervals.values()))):
+            color = BLUE if high < 0 else ORANGE if low > 0 else MUTED_COLOR
+            axes.plot([low, high], [height, height], color=color, linewidth=5, alpha=0.3, solid_capstyle="butt")
+            axes.scatter([mean], [height], s=22, color=color, zorder=3, linewidth=0)
+            style: dict[str, Any] = {"va": "center", "fontsize": 8, "color": TEXT_COLOR}
+            axes.annotate(f"{mean:+.3f}", (1.01, height), None, ("axes fraction", "data"), **style)
+        axes.set_yticks(range(len(intervals)), list(intervals)[::-1], fontsize=8, color=TEXT_COLOR)
+        axes.set_ylim(-0.6, len(intervals) - 0.4)
+        axes.tick_params(labelbottom=True)
+    _save_figure(figure, path)

@@ -1,13 +1,12 @@
 """Compare the memories at equal parameters and tokens, on the synthetic tasks T1-T5 and on books, with three seeds.
 
     python scripts/compare_memories.py [--tasks NAME ...] [--memories NAME ...] [--seeds 0 1 2]
-        [--books small shipped] [--root PATH/pg19-mini]
+        [--books shipped] [--root PATH/pg19-mini]
 
 Synthetic tasks: two layers, a window of one segment in every stack, back-propagation through whole episodes, the loss
-on answers alone; accuracy at distances far beyond those in training. --books small: configs/pg19-mini.yaml with each
-memory in three layers of 128, 600 steps of a batch of 16 with 2 segments of 64 bytes; validation bits per byte.
-Feed-forward layers shrink by a memory's parameters. --books shipped: the config as it is, with the exact cache alone,
-with nothing carried and with a convolution that compresses.
+on answers alone; accuracy at distances far beyond those in training. Feed-forward layers shrink by a memory's
+parameters. --books shipped also trains configs/pg19-mini.yaml as it is, with the exact cache alone, with nothing
+carried and with a convolution that compresses; compare_books.py compares memories on books.
 
 Figures are saved in --output-dir as soon as they are measured, so the script can be interrupted and restarted; the
 tables show all saved figures. Seconds are CPU seconds on one thread.
@@ -31,13 +30,13 @@ from benchmarking import count_parameters
 from memory_stacks import MemoryFactory, comparison_stacks
 from training_runs import last_value, run_fit, train_on_episodes
 
-from memtx import class_config, files, plots
+from memtx import files, plots
 from memtx.data.synthetic_tasks.base import SyntheticTask
 from memtx.data.synthetic_tasks.copying import SelectiveCopying
 from memtx.data.synthetic_tasks.recall import AssociativeRecall, Overwrite
 from memtx.data.synthetic_tasks.tracking import StateTracking
 from memtx.evaluation.accuracy import evaluate_accuracy
-from memtx.layers.feed_forward import FeedForward, SwiGLU
+from memtx.layers.feed_forward import FeedForward
 from memtx.models.memory_transformer import MemoryTransformer
 
 TASKS: dict[str, SyntheticTask] = {
@@ -54,7 +53,6 @@ TRAINING_SEGMENTS = 3
 ABLATIONS = ("associative, plain sigmoid", "associative, no delta rule")
 """Stacks that run only if --memories names them."""
 
-SMALL_STEPS = 600
 MODEL_ARGS = "--model.model.init_args"
 NOTHING_CARRIED = "nothing carried"
 SHIPPED_VARIANTS: dict[str, list[str]] = {
@@ -113,38 +111,6 @@ def train_on_task(name: str, memory: str, seed: int, arguments: argparse.Namespa
     }
 
 
-def train_on_books(memory: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train a stack in a small model on the books and return its figures."""
-    dim, depth, heads, window, stack = 128, 3, 4, 64, comparison_stacks(64)[memory]
-
-    def build_model(hidden_dim: int, memories: Sequence[MemoryFactory] = stack) -> MemoryTransformer:
-        return MemoryTransformer(
-            257, dim, depth, heads, memories=[memories], feed_forward=partial(SwiGLU, hidden_dim=hidden_dim)
-        )
-
-    num_parameters = count_parameters(build_model(384, comparison_stacks(window)["window"]))
-    steps = arguments.book_steps or SMALL_STEPS
-    options = [
-        f"{MODEL_ARGS}.dim={dim}", f"{MODEL_ARGS}.depth={depth}", f"{MODEL_ARGS}.heads={heads}",
-        f"{MODEL_ARGS}.memories={json.dumps([class_config.to_config(stack)])}",
-        f"{MODEL_ARGS}.feed_forward.init_args.hidden_dim={match_hidden_dim(build_model, num_parameters)}",
-        # A learned write needs at least two segments per backward pass; the bytes of a step stay the same.
-        "--data.bptt_segments=2", "--data.batch_size=16", "--data.eval_tokens=100000",
-        f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}",
-    ]  # fmt: skip
-    before = os.times()
-    run_dir = arguments.output_dir / f"books-{memory.replace(' ', '-')}-{seed}"
-    rows = run_fit(run_dir, "pg19-mini", arguments.root, seed, options)
-    after = os.times()
-    return {
-        "bits_per_byte": last_value(rows, "val_bits_per_byte"),
-        # Not logged where nothing is carried.
-        "memory_gain": last_value(rows, "val_memory_gain") if "val_memory_gain" in rows[0] else float("nan"),
-        "seconds": after.children_user - before.children_user + after.children_system - before.children_system,
-        "steps": steps,
-    }
-
-
 def train_shipped_config(variant: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train the shipped config with other memories and return its figures."""
     options, steps = list(SHIPPED_VARIANTS[variant]), arguments.book_steps
@@ -188,19 +154,6 @@ def format_task_table(figures: Figures, task: str) -> list[str]:
             f"| {memory} | {' | '.join(cells)} | {seconds:.0f} | {next(iter(runs.values()))['state_bytes']:,} |"
         )
     return [*lines, ""] if runs_by_memory else []
-
-
-def format_books_table(figures: Figures) -> list[str]:
-    """Format the small models: every seed's bits per byte and memory gain."""
-    lines = ["| books | bits per byte | increase if cleared at every segment | s |", "|---|---|---|---|"]
-    for memory in comparison_stacks(1):
-        if runs := runs_of(figures, "books", memory):
-            bits, gain = (
-                ", ".join(f"{run[name]:.4f}" for run in runs.values()) for name in ("bits_per_byte", "memory_gain")
-            )
-            seconds = statistics.median(run["seconds"] for run in runs.values())
-            lines.append(f"| {memory} | {bits} | {gain} | {seconds:.0f} |")
-    return [*lines, ""] if len(lines) > 2 else []
 
 
 def shipped_gains(figures: Figures) -> dict[str, list[float]]:
@@ -257,7 +210,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="*", choices=list(TASKS), default=list(TASKS), metavar="TASK")
     parser.add_argument("--memories", nargs="+", choices=names, default=default, metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--books", nargs="+", choices=("small", "shipped"), default=[], help="also train on books")
+    parser.add_argument("--books", choices=("shipped",), help="also train configs/pg19-mini.yaml")
     benchmarking.add_data_option(parser, "--root", "pg19-mini", text="books in the PG-19 layout", required=False)
     parser.add_argument("--distances", nargs="+", type=benchmarking.positive_int, help="segments up to the questions")
     parser.add_argument("--hidden-dim", type=benchmarking.positive_int, help="one feed-forward width for all stacks")
@@ -266,7 +219,7 @@ def parse_arguments() -> argparse.Namespace:
     benchmarking.add_size_options(parser, steps=750, batch_size=32, dim=64, num_samples=32, num_parallel=1)
     arguments = parser.parse_args()
     if arguments.books and arguments.root is None:
-        parser.error("--books needs --root FOLDER, or MEMTX_DATA.")
+        parser.error("--books shipped needs --root FOLDER, or MEMTX_DATA.")
     return arguments
 
 
@@ -283,16 +236,11 @@ def main() -> None:
         for seed in arguments.seeds
         for memory in arguments.memories
     }
-    groups: dict[str, tuple[Callable[..., dict[str, Any]], Sequence[str]]] = {
-        "small": (train_on_books, arguments.memories), "shipped": (train_shipped_config, list(SHIPPED_VARIANTS))
-    }  # fmt: skip
-    for group in arguments.books:
-        train, names = groups[group]
-        prefix = "books" if group == "small" else group
+    if arguments.books:
         jobs |= {
-            f"{prefix}/{name}/{seed}": partial(train, name, seed, arguments)
+            f"shipped/{variant}/{seed}": partial(train_shipped_config, variant, seed, arguments)
             for seed in arguments.seeds
-            for name in names
+            for variant in SHIPPED_VARIANTS
         }
     missing = {key: job for key, job in jobs.items() if key not in figures}
     # Parallel runs could not tell their CPU seconds apart, so only the shipped config runs in parallel.
@@ -318,7 +266,7 @@ def main() -> None:
     lines = [f"{benchmarking.format_machine(machine)}.", ""]
     for task in TASKS:
         lines += format_task_table(figures, task)
-    lines += format_books_table(figures) + format_shipped_table(figures)
+    lines += format_shipped_table(figures)
     benchmarking.write_results(arguments, {"figures": figures, "machine": machine}, lines)
 
 

@@ -10,7 +10,9 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import torch
 
 from memtx.data.synthetic_tasks.base import SyntheticTask
@@ -33,7 +35,8 @@ def memtx_command(*arguments: str) -> list[str]:
 def memtx_environment(num_threads: int | None = None) -> dict[str, str]:
     """Return the environment of :func:`memtx_command`: this checkout, and optionally a number of threads."""
     threads = {} if num_threads is None else {"OMP_NUM_THREADS": str(num_threads)}
-    return {**os.environ, "PYTHONPATH": str(REPO_ROOT), "COLUMNS": "100", **threads}
+    path = os.pathsep.join([str(REPO_ROOT), str(REPO_ROOT / "scripts")])  # configs may name CpuSeconds
+    return {**os.environ, "PYTHONPATH": path, "COLUMNS": "100", **threads}
 
 
 def run_memtx(*arguments: str, num_threads: int | None = None, log: Path | None = None) -> str:
@@ -56,12 +59,42 @@ def run_memtx(*arguments: str, num_threads: int | None = None, log: Path | None 
     return process.stdout or ""
 
 
+class CpuSeconds(pl.Callback):
+    """Logs ``cpu_seconds``, those of the process since training began, without the time of interruptions."""
+
+    def __init__(self) -> None:
+        self._seconds, self._start = 0.0, 0.0
+
+    def _read(self) -> float:
+        return self._seconds + time.process_time() - self._start
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._start = time.process_time()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Log the seconds."""
+        pl_module.log("cpu_seconds", self._read())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the seconds so far."""
+        return {"seconds": self._read()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from the seconds of a checkpoint."""
+        self._seconds = state_dict["seconds"]
+
+
 def run_fit(
-    run_dir: Path, config: str, root: Path, seed: int, options: Sequence[str] = (), num_threads: int | None = 1
+    run_dir: Path, config: str | Path, root: Path, seed: int, options: Sequence[str] = (), num_threads: int | None = 1
 ) -> list[dict[str, str]]:
-    """Train a config, resuming the run if it was interrupted, and return the rows of its metrics.csv."""
+    """Train a config, resuming the run if it was interrupted, and return the rows of its metrics.csv.
+
+    The config is the name of a shipped one, or a path.
+    """
+    path = config_path(config) if isinstance(config, str) else str(config)
     run_memtx(
-        "fit", "--config", config_path(config), "--data.root", str(root), "--run_dir", str(run_dir),
+        "fit", "--config", path, "--data.root", str(root), "--run_dir", str(run_dir),
         "--seed_everything", str(seed), "--data.seed", str(seed), "--ckpt_path", "last", *options,
         num_threads=num_threads, log=run_dir.parent / f"{run_dir.name}.log",
     )  # fmt: skip

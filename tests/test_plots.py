@@ -62,6 +62,17 @@ def test_comparison_grows_with_its_entries(tmp_path: Path) -> None:
     assert image_size(tmp_path / "b.png")[1] > 2 * image_size(tmp_path / "a.png")[1]
 
 
+def test_intervals_are_drawn_in_panels_and_invalid_ones_refused(tmp_path: Path) -> None:
+    intervals = {"better": (-0.1, -0.2, -0.05), "unclear": (0.0, -0.1, 0.1), "worse": (0.1, 0.05, 0.2)}
+    plots.plot_intervals(tmp_path / "a.png", {"one": intervals}, title="a", unit="bits per byte")
+    plots.plot_intervals(tmp_path / "b.png", {"one": intervals, "two": {**intervals, "another": (0.1, 0.1, 0.1)}})
+    assert image_size(tmp_path / "b.png")[1] > image_size(tmp_path / "a.png")[1] > 200
+    for panels in ({}, {"one": {}}, {"one": {"x": (0.3, 0.0, 0.2)}}, {"one": {"x": (float("nan"), 0.0, 0.2)}}):
+        with pytest.raises(MemtxError, match=r"at least one panel|'x'.*expected finite"):
+            plots.plot_intervals(tmp_path / "c.png", panels)
+    assert not (tmp_path / "c.png").exists()
+
+
 def test_invalid_input_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(MemtxError, match="non-empty columns of equal length"):
         plots.plot_surprisal(tmp_path / "a.png", ([1, 2], [1]), ([1], [1], [1]))

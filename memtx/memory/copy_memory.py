@@ -249,5 +249,7 @@ def _slot_positions(position: Tensor, num_slots: int) -> Tensor:
 def _resize(state: CopyState, num_entries: int) -> tuple[Tensor, Tensor]:
     """Return a state's newest keys and tokens, with zeros before them where it is shorter."""
     missing = num_entries - state.tokens.shape[1]
+    if not missing:
+        return state.keys, state.tokens
     # A negative pad removes the oldest.
     return F.pad(state.keys, (0, 0, missing, 0)), F.pad(state.tokens, (missing, 0))

@@ -88,11 +88,24 @@ def count_past_tokens(segment: Segment) -> int:
 
     A model with a window of 100,000 tokens then projects a short text's entries instead of 100,000 zeros.
     """
-    is_plain = type(segment.past_length) is Tensor and not torch.compiler.is_compiling()
-    if segment.past_length.device.type != "cpu" or not is_plain:
+    if not _has_known_values(segment.past_length):
         return INFINITE_OFFSET
     num_tokens: int = segment.memo("past tokens", lambda: int(segment.past_length.max()))
     return num_tokens
+
+
+def _has_known_values(x: Tensor) -> bool:
+    """Return True if values can be read without waiting for a device or breaking a graph."""
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def _fills_cache(segment: Segment, cache_length: int) -> bool:
+    """Return True if every open document is known to have at least ``cache_length`` tokens after the segment."""
+    position = segment.next_position
+    if not _has_known_values(position):
+        return False
+    shortest: int = segment.memo("shortest document", lambda: int(position.min()))
+    return shortest >= cache_length
 
 
 def locate_entries(segment: Segment, cache_length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,4 +157,6 @@ def update_cache(cache: Tensor, x: Tensor, segment: Segment) -> Tensor:
         newest = x[:, length - cache_length :]
     else:
         newest = torch.cat([cache[:, length:], x], dim=1)
+        if _fills_cache(segment, cache_length):
+            return newest
     return newest.masked_fill(segment.memo(("other document", cache_length), other_document), 0.0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memtx.ops.attention.mask import Visibility, create_mask, find_key_bounds
+from memtx.ops.cpu import copying as cpu_copying
 
 MAX_BLOCK_SCORES = 1 << 22
 """Maximum number of scores computed at once without gradient: 16 MiB in float32."""
@@ -78,6 +79,8 @@ def copied_probability(
         labels: Token to predict at each query, ``(batch, length)``.
         visibility: Visibility of the keys, in one range.
     """
+    if q.device.type == "cpu" and q.dtype == torch.float32 and cpu_copying.is_available():
+        return cpu_copying.copied_probability(q, past_keys, keys, next_tokens, labels, visibility)
     copied: Tensor = _CopiedProbability.apply(q, past_keys, keys, next_tokens, labels, visibility)  # type: ignore[no-untyped-call]
     return copied
 

@@ -1,8 +1,8 @@
 """C++ sources of the package, compiled once per machine for its processor, and loaded.
 
 Sources receive addresses and include no torch headers, so compiling takes seconds and does not depend on the build of
-torch. Libraries are cached in ``~/.cache/memtx`` under a hash of source, flags and processor, and shared by all
-processes. Callers fall back to another implementation if no compiler is installed.
+torch. Libraries are cached in ``~/.cache/memtx`` under a hash of source, headers, flags and processor, and shared
+by all processes. Callers fall back to another implementation if no compiler is installed.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def load_library(source: Path) -> ctypes.CDLL | None:
         log.info("%s is not compiled: %s is 0", source.name, COMPILE_ENV_VAR)
         return None
     cpu = [cpu_info.read_cpu_info().get(name, "") for name in CPU_INFO_FIELDS]
-    key = "\n".join([source.read_text(encoding="utf-8"), *COMPILER_FLAGS, platform.machine(), *cpu])
+    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+    key = "\n".join([*texts, *COMPILER_FLAGS, platform.machine(), *cpu])
     name = f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     try:
         with _open_build_dir() as folder:

@@ -1,25 +1,14 @@
-/* The gated delta rule in float32, token by token, forward and backward; delta_rule.py calls it.
+/* The gated delta rule in float32, forward and backward; delta_rule.py calls it.
 
-   Columns of the matrix are independent given keys and gates, so they are the lanes of vectors, and the rows of a group
+   With a decay per head it goes by the chunks of delta_chunks.h, with one per channel token by token. Columns of the matrix are independent given keys and gates, so they are the lanes of vectors, and the rows of a group
    of columns stay in the L1 cache. Products with the matrix need one pass that reads it and one that updates it:
 
        p = S'k,  r = S'q,  u = b (v - a p),  o = a r + (k q) u,  S <- a S + k u'
 
    The backward pass recomputes the matrices of a chunk from the one before it. Sums over columns, such as the gradient
    of a query, are reduced for a vector of rows at a time. */
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
+#include "delta_chunks.h"
 
-#if defined(__AVX512F__)
-#define LANES 16
-#else
-#define LANES 8
-#endif
-#define CHUNK 32 /* tokens between two stored matrices */
-
-typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Index __attribute__((vector_size(4 * LANES)));
 
 struct Shape {
@@ -105,6 +94,77 @@ static inline void store_matrix(const Shape &n, const float *group, int64_t colu
         *(Vector *)(matrix + i * n.value_dim + column) = *(const Vector *)(group + i * LANES);
 }
 
+/* Tokens of the heads of a key head, as chunks need them; gradients are null in the forward pass. */
+struct Source {
+    const Shape &n;
+    const Inputs &in;
+    int64_t b, kh, ratio;
+    float *out;
+    Strides os;
+    const float *grad_out;
+    Strides gos;
+    float *grads[5]; /* of q, k, v, beta and log_decay */
+    const Strides *gs;
+    static const bool needs_reads = false;
+
+    /* Copy rows of a chunk, with zeros after the last token. */
+    void load(const float *x, Strides s, int64_t h, int64_t first, int64_t count, int64_t dim, int64_t width, float *rows)
+    {
+        memset(rows + count * width, 0, (CHUNK - count) * width * sizeof(float));
+        for (int64_t i = 0; i < count; i++)
+            memcpy(rows + i * width, row(x, s, b, h, first + i), dim * sizeof(float));
+    }
+    void store(const float *rows, int64_t width, int64_t dim, int64_t h, int64_t first, int64_t count, float *x, Strides s)
+    {
+        for (int64_t i = 0; i < count; i++)
+            memcpy(row(x, s, b, h, first + i), rows + i * width, dim * sizeof(float));
+    }
+    void load_keys(int64_t first, int64_t count, int64_t slot, Keys &keys)
+    {
+        const int64_t width = (n.key_dim + LANES - 1) / LANES * LANES;
+        load(in.q, in.qs, kh, first, count, n.key_dim, width, keys.q);
+        load(in.k, in.ks, kh, first, count, n.key_dim, width, keys.k);
+    }
+    void load_head(int64_t h, int64_t first, int64_t count, int64_t slot, Head &head)
+    {
+        h += kh * ratio;
+        load(in.v, in.vs, h, first, count, n.value_dim, (n.value_dim + LANES - 1) / LANES * LANES, head.v);
+        for (int64_t i = 0; i < CHUNK; i++) {
+            const bool is_token = i < count;
+            head.beta[i] = is_token ? *row(in.beta, in.bs, b, h, first + i) : 0.0f;
+            head.decay[i] = 1.0f;
+            if (is_token && in.starts[b * n.length + first + i])
+                head.decay[i] = 0.0f;
+            else if (is_token && n.decay_dim)
+                head.decay[i] = expf(*row(in.log_decay, in.ds, b, h, first + i));
+        }
+    }
+    void store_reads(int64_t h, int64_t first, int64_t count, const Head &head)
+    {
+        store(head.out, (n.value_dim + LANES - 1) / LANES * LANES, n.value_dim, h + kh * ratio, first, count, out, os);
+    }
+    void load_grad(int64_t h, int64_t first, int64_t count, int64_t slot, const Head &head, float *grad)
+    {
+        load(grad_out, gos, h + kh * ratio, first, count, n.value_dim, (n.value_dim + LANES - 1) / LANES * LANES, grad);
+    }
+    void store_head_grads(int64_t h, int64_t first, int64_t count, int64_t slot, const Grads &g)
+    {
+        h += kh * ratio;
+        store(g.v, (n.value_dim + LANES - 1) / LANES * LANES, n.value_dim, h, first, count, grads[2], gs[2]);
+        store(g.beta, 1, 1, h, first, count, grads[3], gs[3]);
+        if (n.decay_dim)
+            store(g.log_decay, 1, 1, h, first, count, grads[4], gs[4]);
+    }
+    void store_key_grads(int64_t first, int64_t count, int64_t slot, const Keys &keys, const Grads &g)
+    {
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t d = 0; d < n.key_dim; d++) {
+                row(grads[0], gs[0], b, kh, first + i)[d] = g.q_t[d * CHUNK + i];
+                row(grads[1], gs[1], b, kh, first + i)[d] = g.k_t[d * CHUNK + i];
+            }
+    }
+};
+
 extern "C" void memtx_delta_rule_forward(const float *q, const float *k, const float *v, const float *beta,
                                          const float *log_decay, const uint8_t *starts, const float *state, float *out,
                                          float *next_state, float *checkpoints, const int64_t *sizes,
@@ -116,6 +176,17 @@ extern "C" void memtx_delta_rule_forward(const float *q, const float *k, const f
     const Strides os = s[5];
     const int64_t groups = n.value_dim / LANES, area = n.key_dim * n.value_dim;
     const int64_t chunks = (n.length + CHUNK - 1) / CHUNK, ratio = n.heads / n.key_heads;
+    if (n.decay_dim <= 1) {
+        const int64_t intervals = (n.length + INTERVAL * CHUNK - 1) / (INTERVAL * CHUNK);
+#pragma omp parallel for num_threads(n.threads) schedule(dynamic)
+        for (int64_t unit = 0; unit < n.batch_size * n.key_heads; unit++) {
+            Source source = {n, in, unit / n.key_heads, unit % n.key_heads, ratio, out, os};
+            run_forward(make_widths(n.key_dim, n.value_dim, ratio, n.delta_rule), n.length, source,
+                        state + unit * ratio * area, next_state + unit * ratio * area,
+                        checkpoints ? checkpoints + unit * ratio * intervals * area : nullptr);
+        }
+        return;
+    }
 #pragma omp parallel for num_threads(n.threads) schedule(dynamic)
     for (int64_t unit = 0; unit < n.batch_size * n.heads * groups; unit++) {
         const int64_t column = unit % groups * LANES, h = unit / groups % n.heads, b = unit / groups / n.heads;
@@ -158,14 +229,6 @@ static inline void add_lane_sums(Vector *rows, float *target)
     *(Vector *)target += rows[0];
 }
 
-static inline float sum_lanes(Vector x)
-{
-    float sum = 0.0f;
-    for (int lane = 0; lane < LANES; lane++)
-        sum += x[lane];
-    return sum;
-}
-
 extern "C" void memtx_delta_rule_backward(const float *q, const float *k, const float *v, const float *beta,
                                           const float *log_decay, const uint8_t *starts, const float *checkpoints,
                                           const float *grad_out, const float *grad_next, float *grad_q, float *grad_k,
@@ -178,6 +241,18 @@ extern "C" void memtx_delta_rule_backward(const float *q, const float *k, const 
     const Strides gos = s[5], gqs = s[6], gks = s[7], gvs = s[8], gbs = s[9], gds = s[10];
     const int64_t area = n.key_dim * n.value_dim, group_area = n.key_dim * LANES;
     const int64_t chunks = (n.length + CHUNK - 1) / CHUNK, ratio = n.heads / n.key_heads;
+    if (n.decay_dim <= 1) {
+        const int64_t intervals = (n.length + INTERVAL * CHUNK - 1) / (INTERVAL * CHUNK);
+        memcpy(grad_state, grad_next, n.batch_size * n.heads * area * sizeof(float));
+#pragma omp parallel for num_threads(n.threads) schedule(dynamic)
+        for (int64_t unit = 0; unit < n.batch_size * n.key_heads; unit++) {
+            Source source = {n, in, unit / n.key_heads, unit % n.key_heads, ratio, nullptr, gos, grad_out, gos,
+                             {grad_q, grad_k, grad_v, grad_beta, grad_decay}, s + 6};
+            run_backward(make_widths(n.key_dim, n.value_dim, ratio, n.delta_rule), n.length, source,
+                         checkpoints + unit * ratio * intervals * area, grad_state + unit * ratio * area);
+        }
+        return;
+    }
     /* Heads that share keys are one unit, since they add to the same gradients. */
 #pragma omp parallel for num_threads(n.threads) schedule(dynamic)
     for (int64_t unit = 0; unit < n.batch_size * n.key_heads; unit++) {

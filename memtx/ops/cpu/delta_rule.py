@@ -1,7 +1,8 @@
 """The gated delta rule on the CPU by a C++ kernel (``delta_rule.cpp``), forward and backward.
 
-It goes token by token with the matrix in the L1 cache, where the chunked form runs some thirty torch operations a
-chunk. Both passes are custom operators, so ``torch.compile`` does not break the graph.
+It goes by chunks whose matrices stay in the L1 and L2 caches (with a decay per channel token by token), where the form
+in torch runs some thirty operations a chunk. Both passes are custom operators, so ``torch.compile`` does not break the
+graph.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from torch.nn import functional as F
 from memtx.ops.cpu import cpp_extension
 
 SOURCE_PATH = Path(__file__).parent / "delta_rule.cpp"
-CHUNK_SIZE = 32
-"""Tokens between two matrices that are stored for the backward pass, as in the source."""
+CHECKPOINT_INTERVALS = {False: 128, True: 32}
+"""Tokens between two matrices that are stored for the backward pass, with a decay per channel or not."""
 
 WIDTH_MULTIPLE = 16
-"""Key and value widths are padded to a multiple of this."""
+"""Key and value widths are padded to a multiple of this for a decay per channel."""
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -56,7 +57,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v = map(_unit_stride, (q, k, v))
     log_decay = None if log_decay is None else _unit_stride(log_decay)
-    out, next_state, checkpoints = _empty_outputs(v, state, keep_checkpoints)
+    out, next_state, checkpoints = _empty_outputs(v, log_decay, state, keep_checkpoints)
     decay = beta if log_decay is None else log_decay
     _call_kernel(
         "memtx_delta_rule_forward",
@@ -67,10 +68,13 @@ def _forward(
     return out, next_state, checkpoints
 
 
-def _empty_outputs(v: Tensor, state: Tensor, keep_checkpoints: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_outputs(
+    v: Tensor, log_decay: Tensor | None, state: Tensor, keep_checkpoints: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the empty outputs; heads are next to each other in memory, as the layer's output needs them."""
     batch_size, heads, length, value_dim = v.shape
-    num_chunks = -(-length // CHUNK_SIZE) if keep_checkpoints else 0
+    interval = CHECKPOINT_INTERVALS[log_decay is not None and log_decay.dim() == 4]
+    num_chunks = -(-length // interval) if keep_checkpoints else 0
     return (
         v.new_empty(batch_size, length, heads, value_dim).transpose(1, 2),
         torch.empty_like(state, memory_format=torch.contiguous_format),
@@ -83,7 +87,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor, document_starts: Tensor,
     delta_rule: bool, keep_checkpoints: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _empty_outputs(v, state, keep_checkpoints)
+    return _empty_outputs(v, log_decay, state, keep_checkpoints)
 
 
 @torch.library.custom_op("memtx::cpu_delta_rule_backward", mutates_args=())
@@ -143,11 +147,10 @@ def recurrent_gated_delta_rule(
     """Compute :func:`memtx.ops.delta_rule.gated_delta_rule` in float32, with gradients."""
     key_dim, value_dim = q.shape[3], v.shape[3]
     key_padding, value_padding = -key_dim % WIDTH_MULTIPLE, -value_dim % WIDTH_MULTIPLE
-    if key_padding or value_padding:
+    if log_decay is not None and log_decay.dim() == 4 and (key_padding or value_padding):
         q, k, v = F.pad(q, (0, key_padding)), F.pad(k, (0, key_padding)), F.pad(v, (0, value_padding))
         state = F.pad(state, (0, value_padding, 0, key_padding))
-        if log_decay is not None and log_decay.dim() == 4:
-            log_decay = F.pad(log_decay, (0, key_padding))
+        log_decay = F.pad(log_decay, (0, key_padding))
     inputs = (q, k, v, beta, log_decay, state)
     keep_checkpoints = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     out, next_state, _ = _forward(*inputs, document_starts, delta_rule, keep_checkpoints)
