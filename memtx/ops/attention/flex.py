@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtx.ops.attention.bias import AlibiBias
-from memtx.ops.attention.mask import KeyRange, Visibility, build_key_bounds, is_inside
+from memtx.ops.attention.mask import KeyRange, Visibility, find_key_bounds, is_inside
 
 BLOCK_SIZE = 128
 """Number of queries, and of keys, per block: the default of flex_attention."""
@@ -56,14 +56,14 @@ def create_static_block_mask(key_ranges: tuple[KeyRange, ...], num_queries: int,
     """Return a BlockMask of all blocks of the padded shape that the ranges do not exclude, without a mask function."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    num_keys = sum(key_range.num_keys for key_range in key_ranges)
-    bounds: list[list[list[int]]] = build_key_bounds(key_ranges, num_queries, BLOCK_SIZE, torch.device("cpu")).tolist()
-    shape = (round_up(num_queries), round_up(num_keys))
-    needed = torch.zeros(*(length // BLOCK_SIZE for length in shape), dtype=torch.bool)
-    for block, block_bounds in enumerate(bounds):
-        for low, high in block_bounds:
-            if high > low:
-                needed[block, low // BLOCK_SIZE : (high - 1) // BLOCK_SIZE + 1] = True
+    shape = (round_up(num_queries), round_up(sum(key_range.num_keys for key_range in key_ranges)))
+    # In Python: a model that is compiled as a whole cannot read a tensor.
+    needed_blocks = [[False] * (shape[1] // BLOCK_SIZE) for _ in range(shape[0] // BLOCK_SIZE)]
+    for start in range(0, num_queries, BLOCK_SIZE):
+        for low, high in find_key_bounds(key_ranges, start, min(start + BLOCK_SIZE, num_queries)):
+            for block in range(low // BLOCK_SIZE, -(-high // BLOCK_SIZE) if high > low else 0):
+                needed_blocks[start // BLOCK_SIZE][block] = True
+    needed = torch.tensor(needed_blocks, device="cpu")
     # The needed blocks come first, in order.
     index = torch.argsort(~needed, dim=1, stable=True).to(torch.int32)
     return BlockMask.from_kv_blocks(

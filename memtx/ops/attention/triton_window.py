@@ -270,8 +270,8 @@ def _make_rows_contiguous(*tensors: Tensor) -> list[Tensor]:
 
 
 # Custom operators, so that torch.compile does not break the graph; settings and tables are read outside it.
-@torch.library.custom_op("memtx::window_attention", mutates_args=())
-def window_attention(
+@torch.library.custom_op("memtx::triton_attention", mutates_args=())
+def triton_attention(
     q: Tensor, k: Tensor, v: Tensor, visible_from: Tensor, visible_until: Tensor, flat_key_ranges: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -290,13 +290,13 @@ def window_attention(
     return out, lse
 
 
-@window_attention.register_fake
+@triton_attention.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _empty_like_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("memtx::window_attention_backward", mutates_args=())
-def window_attention_backward(
+@torch.library.custom_op("memtx::triton_attention_backward", mutates_args=())
+def triton_attention_backward(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     visible_from: Tensor, visible_until: Tensor, flat_key_ranges: list[int], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -328,7 +328,7 @@ def window_attention_backward(
     return dq, dk, dv
 
 
-@window_attention_backward.register_fake
+@triton_attention_backward.register_fake
 def _(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -346,11 +346,11 @@ def _autograd_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | Non
     if grad_out is None and grad_lse is None:
         return (None,) * 7
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    grads = window_attention_backward(grad_out, grad_lse, q, k, v, out, *saved, ctx.flat_key_ranges, ctx.scale)
+    grads = triton_attention_backward(grad_out, grad_lse, q, k, v, out, *saved, ctx.flat_key_ranges, ctx.scale)
     return *grads, *(None,) * 4
 
 
-window_attention.register_autograd(_autograd_backward, setup_context=_setup_context)
+triton_attention.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *, scale: float) -> tuple[Tensor, Tensor]:
@@ -361,5 +361,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *, scale: fl
     """
     assert visibility.pattern is None, "dispatch sends patterns to 'banded'"
     bounds, flat_key_ranges = get_int32_bounds(visibility), flatten_key_ranges(visibility.key_ranges)
-    out, lse = window_attention(q, k, v, *bounds, flat_key_ranges, scale)
+    out, lse = triton_attention(q, k, v, *bounds, flat_key_ranges, scale)
     return out, lse
