@@ -11,9 +11,9 @@ from unittest.mock import patch
 
 import torch
 from torch._dynamo.device_interface import CudaInterface
+from torch._functorch import config as functorch_config
 from torch._inductor import async_compile, config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-
 from torch.utils._triton import has_triton
 
 from tests.gpu.aot import activate_target
@@ -72,16 +72,12 @@ def compile_timed(model: torch.nn.Module) -> tuple[Callable[..., Any], list[floa
         with h100_in_name():
             compiled = compile_fx_inner(graph, inputs, **kwargs)
         seconds.append(time.process_time() - began)
-
-        def run(values: Any) -> Any:
-            with h100_in_name():
-                return compiled(values)
-
-        run._boxed_call = True  # type: ignore[attr-defined]
-        return run
+        return compiled
 
     def backend(graph: Any, inputs: Any) -> Any:
-        with config.patch(joint_graph_constant_folding=False, shape_padding=False):
-            return compile_fx(graph, inputs, inner_compile=compile_graph)
+        options = {"joint_graph_constant_folding": False, "shape_padding": False}
+        with config.patch(options), functorch_config.patch(force_non_lazy_backward_lowering=True):
+            compile_fx(graph, inputs, inner_compile=compile_graph)
+        return graph.forward  # runs uncompiled
 
     return torch.compile(model, backend=backend, dynamic=False, fullgraph=True), seconds
