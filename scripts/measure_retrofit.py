@@ -1,13 +1,13 @@
 """Measure memory added to a trained model: texts of 100 windows, and the gain from training the memory alone.
 
-    python scripts/measure_retrofit.py [--root PATH/pg19-mini] [--seeds 0 1 2] [--steps N] [--memory associative]
+    python scripts/measure_retrofit.py [--root PATH/pg19-mini] [--seeds 0 1 2] [--steps N] [--memory NAME]
 
 A byte-level model learns from pieces of books as long as its window, with full attention. It then reads the first 100
 windows of every test book with nothing carried from window to window; with all keys (the first book alone); with the
 newest window of keys; also with sinks; and with sinks and a memory, which was trained for a tenth of the steps while
-the model was frozen. Resetting the memory at every window separates recall from the effect of the new parameters on any
-text. With --lora-rank 8, the last two are repeated with low-rank matrices trained beside the memory, and a control
-reads with window, sinks and such matrices alone, trained for as many steps.
+the model was frozen. Hiding the memory separates recall from the effect of the new parameters on any text. With
+--lora-rank 8, the last two are repeated with low-rank matrices trained beside the memory, and a control reads with
+window, sinks and such matrices alone, trained for as many steps.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from memory_stacks import retrofit_stacks
 from torch import Tensor
 
 from memtx import plots
-from memtx.memory.compressed import CompressedMemory
+from memtx.memory.copy_memory import CopyMemory
 from memtx.memory.recurrent import RecurrentMemory
-from memtx.memory.sinks import SinkMemory
 from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.sources import list_sources, without_source
 from memtx.state import MemoryState
 from memtx.training.lora import LoRA
 from memtx.training.optimizers import WarmupCosine, make_param_groups
@@ -40,6 +40,9 @@ from memtx.training.tbptt import unroll
 BOS_TOKEN_ID = 256
 POSITION_RANGES = ((0, 1), (1, 4), (4, 20), (20, 50), (50, 100))
 """Ranges of positions, in windows."""
+
+COPY, COPY_ENTRIES = "copy", 6144
+"""The memory of the output, and its positions."""
 
 SIZES = {"steps": 600, "batch_size": 8, "window": 512, "num_windows": 100, "dim": 128, "depth": 4, "num_sinks": 4}
 
@@ -127,20 +130,11 @@ def carry_nothing(model: MemoryTransformer, state: MemoryState) -> None:
     """Carry nothing from window to window."""
 
 
-def carry_exact(model: MemoryTransformer, state: MemoryState) -> MemoryState:
-    """Carry the exact states and the sinks, and reset every other memory."""
-    fresh = model.init_state(state.batch_size)
-    layers = []
-    for block, states, fresh_states in zip(model.blocks, state.layers, fresh.layers, strict=True):
-        memories = block.attention.memories  # type: ignore[union-attr]
-        layer = []
-        for memory, exact, empty in zip(memories, states, fresh_states, strict=True):  # type: ignore[arg-type]
-            if isinstance(memory, CompressedMemory):
-                layer.append(type(exact)(exact.hidden, empty.bank))
-            else:
-                layer.append(exact if isinstance(memory, RecurrentMemory | SinkMemory) else empty)
-        layers.append(tuple(layer))
-    return MemoryState(state.position, tuple(layers))
+def hide_memory(model: MemoryTransformer) -> MemoryTransformer:
+    """Return a copy that never reads the added memory: what remains is the effect of new parameters on any text."""
+    for source in list_sources(model):
+        model = model if source == "sink" else without_source(model, source)
+    return model
 
 
 @torch.no_grad()
@@ -169,10 +163,12 @@ def retrofit(
     base: MemoryTransformer, train: Sequence[Tensor], seed: int, arguments: argparse.Namespace, memory: Any, rank: int
 ) -> MemoryTransformer:
     """Add a memory, low-rank matrices or both to the frozen base, train them, and return the model."""
-    model = base.with_memory(memory, num_sinks=arguments.num_sinks)
+    torch.manual_seed(seed)
+    output_memory = partial(CopyMemory, num_entries=COPY_ENTRIES) if memory == COPY else None
+    memory = () if memory == COPY else memory
+    model = base.with_memory(memory, num_sinks=arguments.num_sinks, output_memory=output_memory)
     added = model.memory_parameters()
     if rank:
-        torch.manual_seed(seed)
         added = {**added, **LoRA(rank, 2 * rank)(model)}
     trainable = {id(parameter) for parameter in added.values()}
     for parameter in model.parameters():
@@ -188,19 +184,19 @@ def build_variants(seed: int, train: Sequence[Tensor], arguments: argparse.Names
     """Return the variants by name: a model and the function that carries its state from window to window."""
     window, rank = arguments.window, arguments.lora_rank
     base = train_base(train, seed, arguments)
-    memory = retrofit_stacks(window)[arguments.memory]
+    memory = COPY if arguments.memory == COPY else retrofit_stacks(window)[arguments.memory]
     model = retrofit(base, train, seed, arguments, memory, 0)
     variants: dict[str, tuple[Any, CarryFn]] = {
         "nothing carried": (base, carry_nothing),
         "window": (base, carry_all),
         "window and sinks": (base.with_memory(num_sinks=arguments.num_sinks), carry_all),
         "window, sinks and memory": (model, carry_all),
-        "memory reset at every window": (model, carry_exact),
+        "memory hidden": (hide_memory(model), carry_all),
     }
     if rank:
         with_lora = retrofit(base, train, seed, arguments, memory, rank)
         variants["window, sinks, memory and LoRA"] = (with_lora, carry_all)
-        variants["memory and LoRA, memory reset at every window"] = (with_lora, carry_exact)
+        variants["memory and LoRA, memory hidden"] = (hide_memory(with_lora), carry_all)
         variants["window, sinks and LoRA"] = (retrofit(base, train, seed, arguments, (), rank), carry_all)
     if seed == arguments.seeds[0]:
         variants["all keys"] = (base.without_memory(window * arguments.num_windows), carry_all)
@@ -232,7 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     benchmarking.add_benchmark_options(parser)
     benchmarking.add_data_option(parser, "--root", "pg19-mini", text="a folder with train/ and test/ of .txt files")
-    parser.add_argument("--memory", choices=list(retrofit_stacks(4)), default="associative")
+    parser.add_argument("--memory", choices=[COPY, *retrofit_stacks(4)], default=COPY)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     benchmarking.add_size_options(parser, **SIZES)
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="learning rate of the base model")

@@ -6,6 +6,7 @@ mixed prediction as in TRIME (Zhong et al. 2022, section 3).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,7 +47,8 @@ class CopyView:
         keys: The segment's keys, ``(batch, length, key_dim)``.
         next_tokens: Token after each key, ``(batch, past + length)``; the last one is unused.
         visibility: Visibility of all keys.
-        gate: Logits of the share of copying, ``(batch, length)``.
+        gate: Logits of the share of copying without the match's part, ``(batch, length)``.
+        match_gate: Function that adds the part of each query's best score to the logits.
         has_entries: True where anything can be copied, ``(batch, length)`` bool.
         next_state: State after the segment.
     """
@@ -57,6 +59,7 @@ class CopyView:
     next_tokens: Tensor
     visibility: Visibility
     gate: Tensor
+    match_gate: Callable[[Tensor, Tensor], Tensor]
     has_entries: Tensor
     next_state: CopyState
 
@@ -65,22 +68,23 @@ class CopyView:
 
         Labels and results are ``(batch, length)``.
         """
-        copied = copied_probability(self.q, self.past_keys, self.keys, self.next_tokens, labels, self.visibility)
-        log_share, log_copy_share = _log_shares(self.gate, self.has_entries)
+        keys = (self.past_keys, self.keys)
+        copied, best = copied_probability(self.q, *keys, self.next_tokens, labels, self.visibility)
+        log_share, log_copy_share = _log_shares(self.match_gate(self.gate, best), self.has_entries)
         return log_share, log_copy_share + _safe_log(copied)
 
     def mix(self, logits: Tensor) -> Tensor:
         """Return the logarithm of the mixed prediction, ``(batch, length, vocab)``, given the model's logits."""
         all_keys = torch.cat([self.past_keys, self.keys], dim=1)
-        probs = copied_distribution(self.q, all_keys, self.next_tokens, self.visibility, logits.shape[-1])
-        return _mix(logits, probs, self.gate, self.has_entries)
+        probs, best = copied_distribution(self.q, all_keys, self.next_tokens, self.visibility, logits.shape[-1])
+        return _mix(logits, probs, self.match_gate(self.gate, best), self.has_entries)
 
 
 class CopyMemory(nn.Module):
     """A memory of the newest positions, each with the token that followed, that is mixed into the prediction.
 
     p(token) = (1 - g) * softmax(logits) + g * (sum of the softmax weights of positions that this token followed), where
-    scores are scaled products of normalized keys, and the gate g is a sigmoid of the hidden state.
+    scores are scaled products of normalized keys, and the gate g is a sigmoid of the hidden state and the best score.
 
     Attributes:
         is_hidden: If True, the prediction is the model's own (see :func:`memtx.models.sources.without_source`).
@@ -121,6 +125,7 @@ class CopyMemory(nn.Module):
         self.gate = Linear(dim, 1)
         nn.init.zeros_(self.gate.weight)
         nn.init.constant_(self.gate.bias, gate_init)
+        self.match_weight = nn.Parameter(torch.zeros(()))
         self.log_scale = nn.Parameter(torch.tensor(scale_init).log())
 
     def extra_repr(self) -> str:
@@ -172,6 +177,7 @@ class CopyMemory(nn.Module):
             torch.cat([(past_tokens - 1).clamp(min=0), tokens, tokens[:, :1]], dim=1)[:, 1:],
             visibility,
             gate,
+            self._add_match,
             segment.position > 0,
             next_state,
         )
@@ -213,8 +219,13 @@ class CopyMemory(nn.Module):
         visible_from = torch.where(is_visible, 0, 1)
         visibility = Visibility(visible_from, torch.ones_like(visible_from), 1, (KeyRange(self.num_entries),))
         q = q * self.log_scale.exp().to(q.dtype)
-        probs = copied_distribution(q, keys.to(q.dtype), next_tokens.clamp(min=1) - 1, visibility, logits.shape[-1])
-        return _mix(logits[:, None], probs, gate, step.position[:, None] > 0)[:, 0]
+        next_tokens = next_tokens.clamp(min=1) - 1
+        probs, best = copied_distribution(q, keys.to(q.dtype), next_tokens, visibility, logits.shape[-1])
+        return _mix(logits[:, None], probs, self._add_match(gate, best), step.position[:, None] > 0)[:, 0]
+
+    def _add_match(self, gate: Tensor, best: Tensor) -> Tensor:
+        """Return the gate's logits, ``(batch, length)``, given the best scores, which count from half the scale."""
+        return gate + self.match_weight.to(gate.dtype) * (best - 0.5 * self.log_scale.detach().exp()).to(gate.dtype)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return normalized queries, ``(batch, length, key_dim)``, and the gate's logits, float32 or wider."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from memtx.layers.attention import MemoryAttention
 from memtx.layers.token_mixer import TokenMixer
 from memtx.memory.base import Memory, ReadoutMemory
 from memtx.memory.compressed import CompressedMemory
+from memtx.memory.copy_memory import CopyMemory
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.sinks import SinkMemory
 from memtx.models.layer_factories import MemoryFactory
@@ -34,6 +35,7 @@ def add_memory(
     num_sinks: int | None = None,
     layers: Sequence[int] | None = None,
     gated_memory: bool = True,
+    output_memory: Callable[[int], CopyMemory] | None = None,
 ) -> ModelT:
     """Return a copy of a model, which shares its weights, with an exact window, sinks and other memories.
 
@@ -49,6 +51,8 @@ def add_memory(
             in others, which were trained with a window that slides.
         layers: Layers that get the memories, from 0, negative from the end. Defaults to all.
         gated_memory: If True, memories enter through gates that begin at 0, so that outputs change only with training.
+        output_memory: Factory of a memory that is mixed into the prediction, given dim, in place of the present one;
+            its share begins at ``sigmoid(gate_init)``. Defaults to the present one.
 
     Raises:
         MemtxError: A number is out of range, or a memory does not fit its layer.
@@ -73,6 +77,9 @@ def add_memory(
         )
         block.attention.set_memories(layer_memories[0], layer_memories[1:], gated_memory=gated_memory)
         configs.append(class_config.to_config(layer_factories))
+    if output_memory is not None:
+        adapted.output_memory = output_memory(model.dim)
+        adapted.config["init_args"]["output_memory"] = class_config.to_config(output_memory)
     adapted.init_memory_tokens()
     if adapted.memory_tokens is not None:
         nn.init.normal_(adapted.write_tokens, std=0.02)
@@ -93,7 +100,8 @@ def remove_memory(model: ModelT, window: int) -> ModelT:
         else:
             block.attention.set_memories(factory(model.dim), [], gated_memory=False)
             configs.append(class_config.to_config(factory))
-    adapted.memory_tokens = None
+    adapted.memory_tokens = adapted.output_memory = None
+    adapted.config["init_args"].pop("output_memory", None)
     equal = all(config == configs[0] for config in configs)
     _update_init_args(adapted, configs[:1] if equal else configs, gated_memory=False)
     return adapted
@@ -173,6 +181,7 @@ class Retrofit:
             :func:`add_memory`.
         layers: Layers that get the memories. Defaults to all.
         gated_memory: If True, memories enter through gates that begin at 0.
+        output_memory: Factory of a memory that is mixed into the prediction, given dim.
     """
 
     def __init__(
@@ -183,10 +192,11 @@ class Retrofit:
         num_sinks: int | None = None,
         layers: Sequence[int] | None = None,
         gated_memory: bool = True,
+        output_memory: Callable[[int], CopyMemory] | None = None,
     ) -> None:
         self.path = path
         self._options: dict[str, Any] = {"window": window, "num_sinks": num_sinks, "layers": layers}
-        self._options |= {"memories": memories, "gated_memory": gated_memory}
+        self._options |= {"memories": memories, "gated_memory": gated_memory, "output_memory": output_memory}
 
     def __call__(self, vocab_size: int) -> MemoryTransformer:
         """Return the model in training mode; ``vocab_size`` is that of the tokenizer, which must be the model's own.

@@ -179,11 +179,15 @@ class MemoryTransformer(PretrainedModel):
         num_sinks: int | None = None,
         layers: Sequence[int] | None = None,
         gated_memory: bool = True,
+        output_memory: Callable[[int], CopyMemory] | None = None,
     ) -> Self:
         """Return a copy with added memories that shares its weights; see :func:`memtx.models.add_memory.add_memory`."""
         from memtx.models.add_memory import add_memory  # which imports this module
 
-        return add_memory(self, memories, window=window, num_sinks=num_sinks, layers=layers, gated_memory=gated_memory)
+        return add_memory(
+            self, memories, window=window, num_sinks=num_sinks, layers=layers, gated_memory=gated_memory,
+            output_memory=output_memory,
+        )  # fmt: skip
 
     def without_memory(self, window: int) -> Self:
         """Return a copy with an exact window alone; see :func:`memtx.models.add_memory.remove_memory`."""

@@ -25,25 +25,26 @@ class _CopiedProbability(torch.autograd.Function):
         next_tokens: Tensor,
         labels: Tensor,
         visibility: Visibility,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         all_keys = torch.cat([past_keys, keys], dim=1)
         needs_grad = any(ctx.needs_input_grad[:3])
         ctx.visibility, saved = visibility, []
-        copied = torch.zeros_like(q[..., 0])
+        copied, best = torch.zeros_like(q[..., 0]), torch.zeros_like(q[..., 0])
         # Backward needs all weights, so it has a single block.
         for queries, low, high in _iter_blocks(q, visibility, single=needs_grad):
-            weights = _compute_weights(q[:, queries], all_keys[:, low:high], visibility, queries, (low, high))
+            weights, best[:, queries] = _compute_weights(q, all_keys, visibility, queries, (low, high))
             is_copy = next_tokens[:, None, low:high] == labels[:, queries, None]
             copied[:, queries] = torch.where(is_copy, weights, 0.0).sum(-1)
             saved.append(weights)
         if needs_grad:
             ctx.save_for_backward(q, all_keys, next_tokens, labels, copied, *saved)
             ctx.num_past = past_keys.shape[1]
-        return copied
+        ctx.mark_non_differentiable(best)
+        return copied, best
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, all_keys, next_tokens, labels, copied, weights = ctx.saved_tensors
         (low, high), num_past = _visible_range(ctx.visibility, slice(0, q.shape[1])), ctx.num_past
         # d copied / d score = weight * (is_copy - copied)
@@ -66,10 +67,10 @@ class _CopiedProbability(torch.autograd.Function):
 
 def copied_probability(
     q: Tensor, past_keys: Tensor, keys: Tensor, next_tokens: Tensor, labels: Tensor, visibility: Visibility
-) -> Tensor:
-    """Return the probability that copying gives to each label, ``(batch, length)``.
+) -> tuple[Tensor, Tensor]:
+    """Return the probability that copying gives to each label, and each query's largest score, without gradient.
 
-    A query that sees no key has an arbitrary one.
+    Both are ``(batch, length)``, and arbitrary for a query that sees no key.
 
     Args:
         q: Queries, ``(batch, length, key_dim)``, scaled.
@@ -81,23 +82,23 @@ def copied_probability(
     """
     if q.device.type == "cpu" and q.dtype == torch.float32 and cpu_copying.is_available():
         return cpu_copying.copied_probability(q, past_keys, keys, next_tokens, labels, visibility)
-    copied: Tensor = _CopiedProbability.apply(q, past_keys, keys, next_tokens, labels, visibility)  # type: ignore[no-untyped-call]
-    return copied
+    copied, best = _CopiedProbability.apply(q, past_keys, keys, next_tokens, labels, visibility)  # type: ignore[no-untyped-call]
+    return copied, best
 
 
 def copied_distribution(
     q: Tensor, all_keys: Tensor, next_tokens: Tensor, visibility: Visibility, vocab_size: int
-) -> Tensor:
-    """Return the probability that copying gives to every token, ``(batch, length, vocab_size)``.
+) -> tuple[Tensor, Tensor]:
+    """Return the probability that copying gives to every token, ``(batch, length, vocab_size)``, and the best scores.
 
     Arguments as in :func:`copied_probability`, with the keys of all positions, ``(batch, past + length, key_dim)``.
     """
-    probs = q.new_zeros(*q.shape[:2], vocab_size)
+    probs, best = q.new_zeros(*q.shape[:2], vocab_size), q.new_zeros(q.shape[:2])
     for queries, low, high in _iter_blocks(q, visibility):
-        weights = _compute_weights(q[:, queries], all_keys[:, low:high], visibility, queries, (low, high))
+        weights, best[:, queries] = _compute_weights(q, all_keys, visibility, queries, (low, high))
         index = next_tokens[:, None, low:high].long().expand(weights.shape)
         probs[:, queries] = probs[:, queries].scatter_add(2, index, weights)
-    return probs
+    return probs, best
 
 
 def _iter_blocks(q: Tensor, visibility: Visibility, *, single: bool = False) -> Iterator[tuple[slice, int, int]]:
@@ -116,11 +117,16 @@ def _visible_range(visibility: Visibility, queries: slice) -> tuple[int, int]:
 
 
 def _compute_weights(
-    q: Tensor, keys: Tensor, visibility: Visibility, queries: slice, key_range: tuple[int, int]
-) -> Tensor:
-    """Return the attention weights, ``(batch, queries, keys)``, equal ones for a query that sees no key."""
+    q: Tensor, all_keys: Tensor, visibility: Visibility, queries: slice, key_range: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Return the attention weights, ``(batch, queries, keys)``, and the largest scores, ``(batch, queries)``.
+
+    A query that sees no key has equal weights.
+    """
+    low, high = key_range
     with torch.autocast(q.device.type, enabled=False):
-        scores = torch.bmm(q, keys.mT)
+        scores = torch.bmm(q[:, queries], all_keys[:, low:high].mT)
     hidden = create_mask(visibility, (queries.start, queries.stop), key_range).logical_not_()
     # A finite number, so that a query that sees no key has no NaN.
-    return torch.softmax(scores.masked_fill_(hidden, -1e30), dim=-1)
+    scores.masked_fill_(hidden, -1e30)
+    return torch.softmax(scores, dim=-1), scores.detach().amax(-1)

@@ -25,6 +25,7 @@ def build_model(num_entries: int = 6, **options: int | None) -> MemoryTransforme
     model = MemoryTransformer(VOCAB_SIZE, 8, 2, 2, memories=[stack], output_memory=memory).double().eval()
     assert model.output_memory is not None
     torch.nn.init.normal_(model.output_memory.gate.weight)
+    torch.nn.init.constant_(model.output_memory.match_weight, 0.5)
     return model
 
 
@@ -44,7 +45,7 @@ def published_prediction(model: MemoryTransformer, tokens: Tensor, document_star
     hidden = model(tokens, document_starts=document_starts).logits
     model.output_memory, model.head = memory, head
     probs = head(hidden).softmax(-1)
-    keys, gate = F.normalize(memory.key(hidden), dim=-1), torch.sigmoid(memory.gate(hidden))[..., 0]
+    keys, scale = F.normalize(memory.key(hidden), dim=-1), memory.log_scale.exp()
     for stream in range(tokens.shape[0]):
         first = 0
         for t in range(tokens.shape[1]):
@@ -53,13 +54,13 @@ def published_prediction(model: MemoryTransformer, tokens: Tensor, document_star
             past = [i for i in range(first, t) if i > t - memory.num_entries]
             if not past:
                 continue
-            weights = torch.stack([memory.log_scale.exp() * (keys[stream, t] @ keys[stream, i]) for i in past]).softmax(
-                0
-            )
+            scores = torch.stack([scale * (keys[stream, t] @ keys[stream, i]) for i in past])
+            match = memory.match_weight * (scores.max() - scale / 2)
+            gate, weights = torch.sigmoid(memory.gate(hidden[stream, t])[0] + match), scores.softmax(0)
             copied = torch.zeros(VOCAB_SIZE, dtype=torch.float64)
             for i, weight in zip(past, weights, strict=True):
                 copied[tokens[stream, i + 1]] += weight
-            probs[stream, t] = (1 - gate[stream, t]) * probs[stream, t] + gate[stream, t] * copied
+            probs[stream, t] = (1 - gate) * probs[stream, t] + gate * copied
     return probs
 
 

@@ -67,10 +67,11 @@ static void find_keys(const Shape &n, const Entry &x, int64_t query, int64_t &lo
         high--;
 }
 
-/* `copied` and `lse` (in base 2) are (batch, length); `direction`, (batch, length, key_dim), may be null. */
+/* `copied`, `best` (the largest score) and `lse` (in base 2) are (batch, length); `direction`, (batch, length, key_dim),
+   may be null. */
 extern "C" void memtx_copying_forward(const float *q, const float *keys, const int32_t *next_tokens,
                                       const int32_t *labels, const int32_t *visible_from, const int32_t *visible_until,
-                                      float *copied, float *lse, float *direction, const int64_t *sizes)
+                                      float *copied, float *best, float *lse, float *direction, const int64_t *sizes)
 {
     const Shape n = *(const Shape *)sizes;
     const int64_t blocks = n.length / QUERY_BLOCK, width = n.key_dim;
@@ -145,6 +146,7 @@ extern "C" void memtx_copying_forward(const float *q, const float *keys, const i
                 const int64_t row = b * n.length + query + m;
                 const float scale = sum[m] > 0.0f ? 1.0f / sum[m] : 0.0f, share = match_sum[m] * scale;
                 copied[row] = share;
+                best[row] = sum[m] > 0.0f ? max[m] / LOG2E : 0.0f;
                 lse[row] = sum[m] > 0.0f ? max[m] + log2f(sum[m]) : 0.0f;
                 for (int64_t d = 0; direction && d < width; d++)
                     direction[row * width + d] = (match[m * width + d] - share * all[d * QUERY_BLOCK + m]) * scale;

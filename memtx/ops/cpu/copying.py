@@ -49,23 +49,23 @@ def _call_kernel(
 def _forward(
     q: Tensor, past_keys: Tensor, keys: Tensor, next_tokens: Tensor, labels: Tensor, visible_from: Tensor,
     visible_until: Tensor, needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     all_keys = torch.cat([past_keys, keys], dim=1)
-    copied, lse, direction = _empty_outputs(q, needs_grad)
+    copied, best, lse, direction = _empty_outputs(q, needs_grad)
     inputs = (next_tokens.contiguous(), labels.contiguous(), visible_from.contiguous(), visible_until.contiguous())
-    outputs = (copied, lse, direction if needs_grad else None)
+    outputs = (copied, best, lse, direction if needs_grad else None)
     _call_kernel("memtx_copying_forward", q, all_keys, visible_from, 0, (*inputs, *outputs))
-    return copied, lse, direction
+    return copied, best, lse, direction
 
 
-def _empty_outputs(q: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_outputs(q: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     row = q.new_empty(q.shape[:2])
     direction = torch.empty_like(q, memory_format=torch.contiguous_format) if needs_grad else q.new_empty(0)
-    return row, torch.empty_like(row), direction
+    return row, torch.empty_like(row), torch.empty_like(row), direction
 
 
 @_forward.register_fake
-def _(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(q: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty_outputs(q, inputs[-1])
 
 
@@ -87,8 +87,9 @@ def _(grad: Tensor, q: Tensor, past_keys: Tensor, keys: Tensor, *inputs: Any) ->
     return q.new_empty(q.shape[0], past_keys.shape[1] + keys.shape[1] - inputs[-1], q.shape[2])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:-1], *output)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    copied, _, lse, direction = output
+    ctx.save_for_backward(*inputs[:-1], copied, lse, direction)
 
 
 def _autograd_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -105,7 +106,7 @@ _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 def copied_probability(
     q: Tensor, past_keys: Tensor, keys: Tensor, next_tokens: Tensor, labels: Tensor, visibility: Visibility
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Compute :func:`memtx.ops.copying.copied_probability` in float32, with gradients."""
     length = q.shape[1]
     extra_queries, extra_width = -length % BLOCK_SIZE, -q.shape[2] % WIDTH_MULTIPLE
@@ -115,5 +116,5 @@ def copied_probability(
         q, labels = F.pad(q, (0, 0, 0, extra_queries)), F.pad(labels, (0, extra_queries), value=-1)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, past_keys, keys))
     tokens = (next_tokens.to(torch.int32), labels.to(torch.int32))
-    copied: Tensor = _forward(q, past_keys, keys, *tokens, *get_int32_bounds(visibility), needs_grad)[0]
-    return copied[:, :length]
+    copied, best, *_ = _forward(q, past_keys, keys, *tokens, *get_int32_bounds(visibility), needs_grad)
+    return copied[:, :length], best[:, :length].detach()

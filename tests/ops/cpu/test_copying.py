@@ -35,18 +35,22 @@ def draw_inputs(seed: int, length: int, num_past: int, key_dim: int, scale: floa
 
 
 def outputs_and_gradients(
-    compute: Callable[..., Tensor], inputs: list[Tensor], visibility: Visibility, dtype: torch.dtype, past_grad: bool
+    compute: Callable[..., tuple[Tensor, Tensor]],
+    inputs: list[Tensor],
+    visibility: Visibility,
+    dtype: torch.dtype,
+    past_grad: bool,
 ) -> list[Tensor]:
-    """Return the probabilities where a key is visible, and the gradients of a weighted sum of them."""
+    """Return the probabilities and best scores where a key is visible, and the gradients of a weighted sum of them."""
     parts = [x.to(dtype, copy=True) for x in inputs[:3]]
     for x, needs_grad in zip(parts, (True, past_grad, True), strict=True):
         x.requires_grad_(needs_grad)
     offset = torch.arange(visibility.num_queries)[None, :, None]
     visible = (visibility.visible_from[:, None] <= offset) & (offset < visibility.visible_until[:, None])
-    copied = compute(*parts, *inputs[3:], visibility) * visible.any(-1)
+    copied, best = (result * visible.any(-1) for result in compute(*parts, *inputs[3:], visibility))
     generator = torch.Generator().manual_seed(0)
     (copied * torch.randn(copied.shape, generator=generator)).sum().backward()
-    return [copied.detach(), *(x.grad for x in parts if x.grad is not None)]
+    return [copied.detach(), best, *(x.grad for x in parts if x.grad is not None)]
 
 
 @given(
