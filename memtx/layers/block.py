@@ -72,7 +72,9 @@ def run_recomputed(
     block: Block, x: Tensor, state: tuple[Any, ...], segment: Segment
 ) -> tuple[Tensor, tuple[Any, ...], Losses]:
     """Return ``block(x, state, segment)``; compiled, with a cache of its own, since it may not write the segment's."""
-    return block(x, state, replace(segment, _values={}) if torch.compiler.is_compiling() else segment)
+    segment = replace(segment, _values={}) if torch.compiler.is_compiling() else segment
+    out: tuple[Tensor, tuple[Any, ...], Losses] = block(x, state, segment)
+    return out
 
 
 class EncoderBlock(nn.Module):

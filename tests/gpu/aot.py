@@ -55,6 +55,7 @@ class TargetDriver:
 
 
 def activate_target(arch: int) -> None:
+    """Make Triton compile for ``arch``."""
     driver.set_active(TargetDriver(arch))
 
 
@@ -82,12 +83,8 @@ def record_launches(arch: int, *modules: Any) -> Iterator[list[Launch]]:
         launches.append(Launch(self._fn_name.rpartition(".")[2], tuple(grid), compiled))
         return compiled
 
-    activate_target(arch)
-    try:
-        with patch.object(JITFunction, "run", compile_launch):
-            yield launches
-    finally:
-        driver.reset_active()
+    with patch.object(driver, "_active", TargetDriver(arch)), patch.object(JITFunction, "run", compile_launch):
+        yield launches
 
 
 def read_ptxas_log(compiled: Any, arch: int) -> dict[str, int]:

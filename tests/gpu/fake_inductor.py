@@ -51,9 +51,7 @@ def h100_in_name() -> Iterator[None]:
         stack.enter_context(patch.object(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, create=True))
         stack.enter_context(patch.object(torch._C, "_cuda_setDevice", lambda _: None, create=True))
         stack.enter_context(patch.object(torch.version, "cuda", "13.0"))
-        stack.enter_context(
-            patch.object(async_compile.AsyncCompile, "triton", lambda *_, **__: UncompiledKernel())
-        )
+        stack.enter_context(patch.object(async_compile.AsyncCompile, "triton", lambda *_, **__: UncompiledKernel()))
         # Constant folding and padding of products run operators, of which a device in name has none.
         options = {"joint_graph_constant_folding": False, "shape_padding": False}
         stack.enter_context(config.patch(fx_graph_cache=False, compile_threads=1, **options))

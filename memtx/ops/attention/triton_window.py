@@ -231,10 +231,9 @@ def choose_tiles(head_dim: int, dtype: torch.dtype, direction: str) -> dict[str,
         return {"M": 16, "N": 32}
     if dtype == torch.float32:
         # Without tensor cores every product passes through registers: small tiles, many warps.
-        if direction == "backward_queries":
-            size = 16 if head_dim == 128 else 32
-            return {"M": size, "N": size, "num_warps": 8, "num_stages": 1}
-        return {"M": 32, "N": 32, "num_warps": 8 if head_dim == 128 else 4, "num_stages": 1}
+        size = 16 if head_dim == 128 and direction == "backward_queries" else 32
+        num_warps = 4 if head_dim < 128 and direction == "forward" else 8
+        return {"M": size, "N": size, "num_warps": num_warps, "num_stages": 1}
     if direction == "forward":
         return {"M": 128, "N": 64, "num_warps": 8 if head_dim == 128 else 4, "num_stages": 3}
     return {"M": 64, "N": 64, "num_warps": 8 if head_dim == 128 else 4, "num_stages": 2}

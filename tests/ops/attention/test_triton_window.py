@@ -80,7 +80,10 @@ def test_backends_on_a_gpu_match_the_reference(backend: AttentionBackend, dtype:
         assert lse is not None
         return out.cpu(), lse.cpu()
 
-    @given(problems(max_queries=300, biases=("none",), head_dims=(32, 64, 128)))
+    # Each width and group compiles three kernels; tests/gpu/test_aot.py compiles the others.
+    head_dims = (64, 128) if dtype == torch.bfloat16 else (64,)
+
+    @given(problems(kv_groups=(1, 2), max_queries=300, biases=("none",), head_dims=head_dims))
     # flex compiles once per shape.
     @settings(deadline=None, max_examples=3 if backend == "flex" else 25)
     def check(problem: Problem) -> None:
