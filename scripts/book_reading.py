@@ -130,9 +130,9 @@ def list_readings(
 ) -> dict[str, Callable[[], MemoryTransformer]]:
     """Return the readings of a run by name.
 
-    These are the trained model; its earlier checkpoints in ``curve``; the mean of the weights over the last fifth of
-    the steps; the trained model without each source and without all; and with another number of entries in its copy
-    memory.
+    These are the trained model; its checkpoints of the steps in ``curve``; the mean of the weights over the last fifth
+    of the steps; the trained model without each source and without all; and with fewer entries in its copy memory,
+    which has the last number of ``entries``.
     """
     steps, sources = max(checkpoints), list_sources(model)
     readings: dict[str, Callable[[], MemoryTransformer]] = {TRAINED: lambda: model}
@@ -140,7 +140,7 @@ def list_readings(
     if len(sources) > 1:
         readings[WINDOWS_ALONE] = partial(_without, model, *sources)
     if "copy" in sources:
-        readings |= {f"copy {size}": partial(_with_entries, model, size) for size in entries}
+        readings |= {f"copy {size}": partial(_with_entries, model, size) for size in entries[:-1]}
     for step in curve:
         if step in checkpoints:
             readings[f"step {step}"] = lambda path=checkpoints[step]: load_model_and_tokenizer(path)[0]  # type: ignore[misc]
@@ -179,7 +179,7 @@ def read_run(folder: Path, root: Path, curve: Sequence[int], entries: Sequence[i
             with files.atomic_open(folder / f"{name.replace(' ', '-')}.npz") as handle:
                 cast(Any, np.savez_compressed)(handle, **dict(zip(figures["books"], nats, strict=True)))
             files.write_text(path, json.dumps(figures))
-    files.write_text(path, json.dumps(figures))
+    files.write_text(path, json.dumps({**figures, "complete": True}))
     for file in last.parent.glob("earlier-*.ckpt"):
         file.unlink()
     return figures

@@ -53,7 +53,7 @@ def _compressed(rate: int, compression: str = "MeanPooling", **options: Any) -> 
 
 
 _LOWER = [_window(16), _window(32)]
-_DELTA: Config = {"class_path": "memtx.GatedDeltaNet", "init_args": {"heads": 4}}
+_DELTA: Config = {"class_path": "memtx.memory.gated_delta_net.GatedDeltaNet", "init_args": {"heads": 4}}
 _COPY: Config = {"output_memory": {"class_path": "memtx.CopyMemory", "init_args": {"num_entries": COPY_ENTRIES[-1]}}}
 
 UNIFORM, WINDOWS = "uniform", "windows"
@@ -65,14 +65,21 @@ _BASES = {
     "compressed-8": Stack("16, 32, compressed 8:1", [*_LOWER, _compressed(8)]),
     "learned": Stack("16, 32, compressed 4:1, learned", [*_LOWER, _compressed(4, "StridedConvolution")]),
     # The cache of 163 states has as many numbers as the compressed memory's cache of 67 and bank of 96.
-    "cache": Stack("windows 16, 32, 164", [*_LOWER, _window(164)]),
+    "cache": Stack("windows 16, 32, 164", [*_LOWER, _window(164, near_window=64)]),
 }
+
+
+def _with_entry_bias(stack: Stack) -> Stack:
+    """Return a stack whose last memory reads its bank with a log-weight that begins at -3."""
+    *lower, last = stack.memories
+    last = {**last, "init_args": {**last["init_args"], "entry_bias": -3.0}}
+    return replace(stack, title=f"{stack.title}, bias", memories=[*lower, last])
+
+
+_BASES |= {f"{name}+bias": _with_entry_bias(_BASES[name]) for name in list(_BASES)[2:]}
 STACKS: dict[str, Stack] = {
     **_BASES,
-    **{
-        f"{name}+copy": replace(stack, title=f"{stack.title}; copy", options={**stack.options, **_COPY})
-        for name, stack in _BASES.items()
-    },
+    **{f"{name}+copy": replace(stack, title=f"{stack.title}; copy", options=_COPY) for name, stack in _BASES.items()},
     "wide": replace(_BASES[UNIFORM], title="window 64, wider feed-forward", hidden_dim=448),
     "weights": replace(_BASES[UNIFORM], title="window 64, seed 0's books", data_seed=0),
     # A GatedDeltaNet has 19,000 parameters more than attention, the transformers wider feed-forward parts instead.

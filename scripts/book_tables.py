@@ -25,12 +25,12 @@ NUM_RESAMPLES = 10_000
 
 
 def load_runs(folder: Path, names: Sequence[str]) -> Runs:
-    """Return the saved figures of the stacks that have some."""
+    """Return the figures of all runs that were read to the end, by stack."""
     runs: Runs = {}
     for name in names:
-        paths = {int(path.stem.removeprefix(f"{name}-")): path for path in folder.glob(f"{name}-[0-9]*.json")}
-        figures = {seed: json.loads(path.read_text()) for seed, path in sorted(paths.items())}
-        if figures := {seed: run for seed, run in figures.items() if TRAINED in run["readings"]}:
+        paths = [path for path in folder.glob("*.json") if path.stem.rpartition("-")[0] == name]
+        figures = {int(path.stem.rpartition("-")[2]): json.loads(path.read_text()) for path in paths}
+        if figures := {seed: run for seed, run in sorted(figures.items()) if run.get("complete")}:
             runs[name] = figures
     return runs
 
@@ -138,10 +138,11 @@ def format_sources(runs: Runs) -> list[str]:
 
 def format_entries(runs: Runs) -> list[str]:
     """Format bits per byte by the number of entries of the copy memory."""
+    readings = [*(f"copy {size}" for size in COPY_ENTRIES[:-1]), TRAINED]
     rows = [
-        [STACKS[name].title, *(f"{mean_bits(runs, name, f'copy {size}'):.4f}" for size in COPY_ENTRIES)]
+        [STACKS[name].title, *(f"{mean_bits(runs, name, reading):.4f}" for reading in readings)]
         for name, by_seed in runs.items()
-        if all(f"copy {size}" in run["readings"] for run in by_seed.values() for size in COPY_ENTRIES)
+        if all(reading in run["readings"] for run in by_seed.values() for reading in readings)
     ]
     return format_table(["copy memory of", *(f"{size:,}" for size in COPY_ENTRIES)], rows)
 
@@ -227,7 +228,7 @@ def plot_differences(runs: Runs, path: Path) -> None:
     """Plot the paired differences with their intervals: against the baselines, and of the same weights."""
     panels: dict[str, dict[str, tuple[float, float, float]]] = {}
     for base in (UNIFORM, WINDOWS):
-        pairs = {STACKS[name].title: pair(runs, name, base) for name in runs if STACKS[name].depth == 3}
+        pairs = {STACKS[name].title: pair(runs, name, base) for name in runs if base_name(name) == UNIFORM != name}
         panels[f"against {STACKS[base].title}"] = {
             title: bootstrap_interval(differences) for title, differences in pairs.items() if differences is not None
         }

@@ -97,6 +97,13 @@ def retrieval(window: int, rate: int, length: int) -> Make:
 KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "recurrent": lambda window, rate, length: partial(RecurrentMemory, window=window),
     **{f"compressed-{name}": compressed(name) for name in COMPRESSIONS},
+    "compressed-entry-bias": lambda window, rate, length: partial(
+        CompressedMemory, window=window, compression_rate=rate, num_entries=length, entry_bias=-1.0
+    ),
+    "recurrent-entry-bias": lambda window, rate, length: partial(
+        RecurrentMemory, window=window + rate, near_window=window, entry_bias=-1.0
+    ),
+    "top-k-entry-bias": top_k(entry_bias=-1.0),
     "top-k": top_k(),
     "top-k-exact": top_k(compression_rate=1),
     "dual": dual,
@@ -135,5 +142,5 @@ def output_memory(kind: str, window: int, rate: int) -> Callable[[int], CopyMemo
     return partial(CopyMemory, num_entries=window + rate, key_dim=3) if kind == "copy" else None
 
 
-CHOOSING = {"compressed-most_used", "retrieval", "top-k", "top-k-exact", "dual", "copy"}
+CHOOSING = {"compressed-most_used", "retrieval", "top-k", "top-k-exact", "top-k-entry-bias", "dual", "copy"}
 """Kinds that choose between states or store fewer bits, where rounding in float32 may change the whole result."""

@@ -17,9 +17,9 @@ from memtx.layers.norms import JointHeadNorm
 from memtx.layers.positions.base import Memoize, Positions
 from memtx.memory.base import LayerActivations, Losses, Memory, Readout, ReadoutMemory, View
 from memtx.memory.kv_ring import DecodeStep, KVRing, RingDecodable, from_ring, to_ring
-from memtx.ops.attention.bias import ScoreBias, append_key_bias, slice_bias
+from memtx.ops.attention.bias import ScoreBias, append_key_bias, split_bias
 from memtx.ops.attention.dispatch import AttentionBackend, has_decode_kernel, segment_attention
-from memtx.ops.attention.mask import Visibility, split_bank
+from memtx.ops.attention.mask import BankSplit, Visibility, split_bank
 from memtx.ops.cpu.linear import Linear, linear
 from memtx.segment import Segment
 
@@ -51,6 +51,8 @@ class MemoryAttention(nn.Module):
     Raises:
         MemtxError: dim is not divisible by heads, heads not by kv_heads, or a memory cannot be in its place.
     """
+
+    gate_parameters = ("gate", "entry_bias")  # see Memory
 
     def __init__(
         self,
@@ -103,6 +105,8 @@ class MemoryAttention(nn.Module):
         # Gates of the exact memory's bank, then of each other gated memory, in order.
         num_gates = memory.has_bank + sum(extra.needs_gate for extra in extra_memories) if gated_memory else 0
         self.gate = nn.Parameter(torch.zeros(num_gates, self.heads)) if num_gates else None
+        bias = memory.entry_bias if memory.has_bank else None
+        self.entry_bias = nn.Parameter(torch.full((self.heads,), bias)) if bias is not None else None
 
     @property
     def memories(self) -> tuple[Memory[Any], ...]:
@@ -126,10 +130,16 @@ class MemoryAttention(nn.Module):
         q, gate = self._project_queries(x)
         k, v = self._split_keys_values(torch.cat([self.key_value(part) for part in views[0].parts], dim=1))
         readouts = self._readouts(views, q)
-        q, k, bias = self.positions(q, k, views[0].entry_positions, segment)
+        entry_positions = views[0].entry_positions
+        q, k, bias = self.positions(q, k, entry_positions, segment)
         if views[0].key_bias is not None:
             q, k, v = append_key_bias(q, k, v, views[0].key_bias, self.head_dim**-0.5)
-        attended = self._attend_and_combine(q, k, v, views[0].entry_positions.visibility, bias, readouts)
+        visibility = entry_positions.visibility
+
+        def bank_split() -> BankSplit:
+            return entry_positions.bank_split or split_bank(visibility)
+
+        attended = self._attend_and_combine(q, k, v, visibility, bank_split, bias, readouts)
         out = self.out(self._apply_output_gate(attended.transpose(1, 2).flatten(2), gate))
         next_state, losses = self._write(memories, views, segment, LayerActivations(x, out, self))
         return out, next_state, losses
@@ -152,21 +162,39 @@ class MemoryAttention(nn.Module):
         return readouts
 
     def _attend_and_combine(
-        self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, readouts: list[Readout]
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visibility: Visibility,
+        bank_split: Callable[[], BankSplit],
+        bias: ScoreBias | None,
+        readouts: list[Readout],
     ) -> Tensor:
-        """Attend to the exact memory's entries, its bank through the gate if there is one, and combine the readouts."""
+        """Attend to the exact memory's entries and combine the readouts.
+
+        What lies beyond the exact window is attended to apart if it is hidden, or has a gate or a log-weight.
+        """
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if self.memory.has_bank and (self.gate is not None or self.memory.is_hidden):
-            bank, exact = split_bank(visibility)
-            split = bank.num_keys
-            (bank_k, k), (bank_v, v) = (part.tensor_split([split], dim=2) for part in (k, v))
-            if self.gate is not None and not self.memory.is_hidden:
-                out, lse = self._attend(q, bank_k, bank_v, bank, slice_bias(bias, 0, split), return_lse=True)
-                readouts = [*readouts, apply_gate(Readout(out, lse=lse), self.gate[0].tanh())]
-            visibility, bias = exact, slice_bias(bias, split, None)
+        is_hidden = self.memory.is_hidden
+        if self._splits_bank:
+            split = bank_split()
+            (bank_k, k), (bank_v, v), (bank_bias, bias) = split.split(k), split.split(v), split_bias(bias, split)
+            visibility = split.exact
+            if split.bank.num_keys and not is_hidden:
+                out, lse = self._attend(q, bank_k, bank_v, split.bank, bank_bias, return_lse=True)
+                assert lse is not None
+                readout = Readout(out, lse=lse if self.entry_bias is None else lse + self.entry_bias[:, None])
+                readouts = [*readouts, readout if self.gate is None else apply_gate(readout, self.gate[0].tanh())]
         return_lse = any(readout.lse is not None for readout in readouts)
         out, lse = self._attend(q, k, v, visibility, bias, return_lse=return_lse)
         return combine_readouts(out, lse, readouts)
+
+    @property
+    def _splits_bank(self) -> bool:
+        """If True, what lies beyond the exact window is attended to apart."""
+        has_weight = self.gate is not None or self.entry_bias is not None
+        return self.memory.has_bank and (has_weight or self.memory.is_hidden)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, *, return_lse: bool
@@ -219,7 +247,7 @@ class MemoryAttention(nn.Module):
         ``past_length`` is the number of tokens of each stream's document read so far, ``(batch,)`` int64.
         """
         layout = self.memory.ring_layout() if isinstance(self.memory, RingDecodable) else None
-        if layout is None or self.extra_memories or self.gate is not None or self.memory.is_hidden:
+        if layout is None or self.extra_memories:
             return None
         cache, bank = cast("RingDecodable", self.memory).split_state(state[0])
         hidden = to_ring(layout, cache, bank, past_length)
@@ -242,7 +270,8 @@ class MemoryAttention(nn.Module):
         block = ring.hidden[stream[:, None], plan.block_slots] if plan.block_slots is not None else None
         q, gate = self._project_queries(x[:, None])
         k, v = self._split_keys_values(self.key_value(x[:, None]))
-        has_kernel = self.positions.is_rotation and has_decode_kernel(q, self.backend)
+        is_plain = self.positions.is_rotation and not self._splits_bank
+        has_kernel = is_plain and has_decode_kernel(q, self.backend)
         if not has_kernel or block is not None:
             ring.hidden[stream, plan.slot] = x.to(ring.hidden.dtype)
         if not has_kernel:
@@ -269,8 +298,7 @@ class MemoryAttention(nn.Module):
         q = self.positions.apply_absolute(q, position, step.memo)
         k, v = ring.key_value.unbind(2)
         bias = self.positions.score_bias(plan.offset, plan.visibility.memo)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        attended, _ = self._attend(q, k, v, plan.visibility, bias, return_lse=False)
+        attended = self._attend_and_combine(q, k, v, plan.visibility, lambda: plan.bank_split, bias, [])
         return self.out(self._apply_output_gate(attended.flatten(1), gate))
 
     def project_values(self, x: Tensor) -> Tensor:

@@ -66,6 +66,8 @@ class AssociativeMemory(Memory[AssociativeState]):
         MemtxError: dim is not divisible by heads, or a number is out of range.
     """
 
+    gate_parameters = ("mix_gate",)
+
     def __init__(
         self,
         dim: int,

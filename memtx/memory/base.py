@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 from torch import Tensor, nn
 
 from memtx.errors import MemtxError
-from memtx.ops.attention.mask import Visibility
+from memtx.ops.attention.mask import BankSplit, Visibility
 from memtx.segment import Segment
 
 S = TypeVar("S")
@@ -48,10 +48,13 @@ class EntryPositions:
     Attributes:
         offset: Offsets of the entries, ``(batch or 1, entries)`` float64.
         visibility: First and last query that sees each entry, with static bounds, in order.
+        bank_split: The visibility split into what lies beyond the exact window and the window. None splits off the
+            first key range.
     """
 
     offset: Tensor
     visibility: Visibility
+    bank_split: BankSplit | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,10 @@ class Memory(nn.Module, ABC, Generic[S]):
     Attributes:
         uses_layer_projections: If True, readouts are made by the layer's projections and so fit any head width;
             otherwise they are ``dim`` wide over all heads.
-        has_bank: If True, the first key range of its views holds what lies beyond the exact window.
+        has_bank: If True, its views hold entries beyond the exact window (see :attr:`EntryPositions.bank_split`).
+        entry_bias: Initial log-weight of these entries, learned per head. None disables it.
+        gate_parameters: Names of the attributes, parameters or modules, that decide how much of the memory is read.
+            They are trained with a learning rate of their own, without weight decay.
         needs_gate: If True, a model trained without this memory needs a gate to start unchanged. False for a memory
             whose entries the layer would have seen with a longer window.
         supports_padding: If True, sequences of a batch may end before the segment does (see
@@ -144,7 +150,9 @@ class Memory(nn.Module, ABC, Generic[S]):
     """
 
     uses_layer_projections: ClassVar[bool] = False
-    has_bank: ClassVar[bool] = False
+    has_bank: bool = False
+    entry_bias: float | None = None
+    gate_parameters: ClassVar[tuple[str, ...]] = ()
     needs_gate: ClassVar[bool] = True
     supports_padding: ClassVar[bool] = False
     unbounded: ClassVar[bool] = True

@@ -125,6 +125,8 @@ class CompressedMemory(Memory[CompressedState]):
         compress_per_segment: If False, visibility depends on positions alone. If True, the published schedule: the
             whole call sees the cache and bank as they were before it, and blocks are compressed after it; results then
             depend on segmentation.
+        entry_bias: Initial value of a log-weight, learned per head, that is added to the scaled scores of the entries;
+            at -3 they get a twentieth of their weight. None disables it.
 
     Raises:
         MemtxError: A number is out of range.
@@ -143,6 +145,7 @@ class CompressedMemory(Memory[CompressedState]):
         compression: Callable[[int, int], Compression] = StridedConvolution,
         reconstruction: Callable[[int, int], Reconstruction] | None = None,
         compress_per_segment: bool = False,
+        entry_bias: float | None = None,
     ) -> None:
         super().__init__(dim)
         check_at_least(1, window=window, compression_rate=compression_rate)
@@ -151,6 +154,7 @@ class CompressedMemory(Memory[CompressedState]):
         self.compression_rate = compression_rate
         self.num_entries = num_entries
         self.compress_per_segment = self.depends_on_segmentation = compress_per_segment
+        self.entry_bias = entry_bias
         self.compression = compression(dim, compression_rate)
         self.reconstruction = reconstruction(dim, compression_rate) if reconstruction is not None else None
 

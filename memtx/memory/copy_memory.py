@@ -102,6 +102,7 @@ class CopyMemory(nn.Module):
     """
 
     is_hidden: bool = False
+    gate_parameters = ("gate", "log_scale")
 
     def __init__(
         self,
@@ -214,6 +215,8 @@ class CopyMemory(nn.Module):
         q, gate = self._project(x[:, None])
         next_tokens[stream, (step.position - 1) % self.num_entries] = (tokens + 1).to(next_tokens.dtype)
         keys[stream, step.position % self.num_entries] = q[:, 0].to(keys.dtype)
+        if self.is_hidden:
+            return logits
         slot_position = _slot_positions(step.position, self.num_entries)
         is_visible = (slot_position >= 0) & (slot_position < step.position[:, None]) & (next_tokens > 0)
         visible_from = torch.where(is_visible, 0, 1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from memtx.memo import Memo
 from memtx.memory.base import ContentAttention
 from memtx.memory.parts import gather_entries
-from memtx.ops.attention.mask import KeyRange, Visibility
+from memtx.ops.attention.mask import BankSplit, KeyRange, Visibility, split_bank
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ class RingLayout:
         compression_rate: Positions per compressed entry; 1 if nothing is compressed.
         num_entries: Compressed entries kept.
         cache_length: Length of the cache in the memory's state.
+        near_window: Exact positions of the near window. None if there is no other.
     """
 
     window: int
     compression_rate: int
     num_entries: int
     cache_length: int
+    near_window: int | None = None
 
     @property
     def num_exact_slots(self) -> int:
@@ -185,6 +187,7 @@ class DecodePlan:
         bank_slot: Bank slot of the evicted block's entry, ``(batch,)`` int64.
         evicts_block: Streams that evict a block, ``(batch,)`` bool.
         entry_position: Position of the evicted block's entry, ``(batch, 1)`` float64.
+        near_window: Exact positions of the near window. None if the slots of the bank are all that lies beyond.
     """
 
     slot: Tensor
@@ -196,6 +199,18 @@ class DecodePlan:
     bank_slot: Tensor
     evicts_block: Tensor
     entry_position: Tensor
+    near_window: int | None
+
+    @property
+    def bank_split(self) -> BankSplit:
+        """The slots beyond the exact window, and those in it."""
+        return self.visibility.memo("bank_split", self._split) if self.near_window else split_bank(self.visibility)
+
+    def _split(self) -> BankSplit:
+        is_near = self.offset > -float(self.near_window or 0)
+        start, end, ranges = self.visibility.visible_from, self.visibility.visible_until, self.visibility.key_ranges
+        near, far = (start.masked_fill(hidden, 1) for hidden in (~is_near, is_near))
+        return BankSplit(Visibility(far, end, 1, ranges), Visibility(near, end, 1, ranges))
 
 
 @dataclass(frozen=True)
@@ -229,16 +244,19 @@ class DecodeStep(Memo):
             index = torch.arange(rate, device=current.device)
             block_slots = layout.num_entries + (current - num_exact + index) % num_exact
             recent_slots = layout.num_entries + (current - rate + 1 + index) % num_exact
+        # Two ranges as in a call, the bank's first.
+        ranges = KeyRange(layout.num_entries), KeyRange(num_exact)
         return DecodePlan(
             slot=layout.num_entries + self.position % num_exact,
             visible=visible,
-            visibility=Visibility(visible_from, torch.ones_like(visible_from), 1, (KeyRange(layout.num_slots),)),
+            visibility=Visibility(visible_from, torch.ones_like(visible_from), 1, ranges),
             offset=offset,
             block_slots=block_slots,
             recent_slots=recent_slots,
             bank_slot=(num_evicted - 1).clamp(min=0) % max(layout.num_entries, 1),
             evicts_block=(age >= rate) & (age % rate == 0),
             entry_position=layout.block_center(num_evicted[:, None] - 1),
+            near_window=layout.near_window,
         )
 
 

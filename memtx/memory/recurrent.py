@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from memtx.errors import check_at_least
+from memtx.errors import MemtxError, check_at_least
 from memtx.memory.base import ContentAttention, EntryPositions, Memory, View
 from memtx.memory.kv_ring import RingLayout
 from memtx.memory.parts import gather_entries
-from memtx.ops.attention.mask import KeyRange, Visibility
+from memtx.ops.attention.mask import BankSplit, KeyRange, Visibility
 from memtx.segment import INFINITE_OFFSET, Segment
 from memtx.state import state_dataclass
 
@@ -33,20 +35,39 @@ class RecurrentMemory(Memory[RecurrentState]):
         trained_length: Length of the texts that the layer was trained on with full attention; the window alone lets go
             of their first tokens (see :func:`memtx.models.add_memory.add_memory`). None if it was trained with a window
             that slides.
+        near_window: Positions of the window that count as exact; those beyond are a source of their own, "cache" (see
+            :func:`memtx.models.sources.list_sources`). None counts all.
+        entry_bias: Initial value of a log-weight, learned per head, that is added to the scaled scores of positions
+            beyond ``near_window``. None disables it.
 
     Raises:
-        MemtxError: A number is not positive; window may be 0 without ``same_length``.
+        MemtxError: A number is not positive (window may be 0 without ``same_length``), ``near_window`` is not below
+            ``window`` or given without ``same_length``, or ``entry_bias`` without ``near_window``.
     """
 
     supports_padding = True
     unbounded = False
 
     def __init__(
-        self, dim: int, window: int = 512, same_length: bool = True, trained_length: int | None = None
+        self,
+        dim: int,
+        window: int = 512,
+        same_length: bool = True,
+        trained_length: int | None = None,
+        near_window: int | None = None,
+        entry_bias: float | None = None,
     ) -> None:
         super().__init__(dim)
         check_at_least(1 if same_length else 0, window=window)
         check_at_least(1, trained_length=trained_length or 1)
+        if near_window is not None and not (same_length and 1 <= near_window < window):
+            message = f"near_window is {near_window}, window {window}, same_length {same_length}."
+            raise MemtxError(message, "Give a near_window from 1 to window - 1, with same_length.")
+        if entry_bias is not None and near_window is None:
+            message = f"entry_bias is {entry_bias}, but no positions lie beyond a near window."
+            raise MemtxError(message, "Give near_window, too, or remove entry_bias.")
+        self.near_window, self.entry_bias = near_window, entry_bias
+        self.has_bank = near_window is not None
         self.trained_length = trained_length
         self.window = window
         self.same_length = same_length
@@ -60,15 +81,15 @@ class RecurrentMemory(Memory[RecurrentState]):
     def read(self, state: RecurrentState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Open [cache | segment], without entries that no document has yet."""
         num_cached = min(count_past_tokens(segment), self.cache_length)
-        settings = (num_cached, self.window if self.same_length else None)
-        entry_positions = segment.memo((RecurrentMemory, *settings), lambda: sliding_window(segment, *settings))
+        settings = (num_cached, self.window if self.same_length else None, self.near_window)
+        entry_positions = segment.memo((RecurrentMemory, *settings), lambda: split_window(segment, *settings))
         cache = state.hidden.to(x.dtype)
         next_state = RecurrentState(update_cache(cache, x, segment))
         return View((cache[:, self.cache_length - num_cached :], x), entry_positions, next_state=next_state)
 
     def ring_layout(self) -> RingLayout | None:
         """Return one slot per position of the window, or None if visibility depends on segmentation."""
-        return RingLayout(self.window, 1, 0, self.cache_length) if self.same_length else None
+        return RingLayout(self.window, 1, 0, self.cache_length, self.near_window) if self.same_length else None
 
     def split_state(self, state: RecurrentState) -> tuple[Tensor, Tensor]:
         """Return the cache and an empty bank."""
@@ -136,6 +157,16 @@ def sliding_window(segment: Segment, cache_length: int, window: int | None, min_
     key_range = KeyRange(offset.shape[1], min_age - cache_length, 1, window)
     visibility = Visibility(offset + min_age, visible_until, segment.length, (key_range,))
     return EntryPositions(offset[:1].double(), visibility)
+
+
+def split_window(segment: Segment, cache_length: int, window: int | None, near_window: int | None) -> EntryPositions:
+    """Return the positions of [cache | segment] in a window, split where ``near_window`` ends if it is given."""
+    positions = sliding_window(segment, cache_length, window)
+    if near_window is None or window is None:
+        return positions
+    near = sliding_window(segment, cache_length, near_window).visibility
+    far = sliding_window(segment, cache_length, window - near_window, min_age=near_window).visibility
+    return replace(positions, bank_split=BankSplit(far, near))
 
 
 def update_cache(cache: Tensor, x: Tensor, segment: Segment) -> Tensor:

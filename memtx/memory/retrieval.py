@@ -208,6 +208,7 @@ class RetrievalMemory(Memory[RetrievalState]):
     """
 
     unbounded = False
+    gate_parameters = ("mix_gate", "log_scale")
 
     def __init__(
         self,
@@ -232,7 +233,8 @@ class RetrievalMemory(Memory[RetrievalState]):
         self.query, self.key, self.value = (Linear(dim, dim, bias=False) for _ in range(3))
         # Products of unit-length keys and queries are initially multiplied by 10.
         self.log_scale = nn.Parameter(torch.full((heads,), math.log(10.0)))
-        self.mix_gate = nn.Parameter(torch.zeros(heads))
+        # Nearly closed: untrained neighbors would otherwise replace half of the attention from the first step on.
+        self.mix_gate = nn.Parameter(torch.full((heads,), -3.0))
         self.token_shift = TokenShift(dim) if token_shift else None
 
     def init_state(self, batch_size: int, *, like: Tensor) -> RetrievalState:

@@ -59,8 +59,10 @@ class TopKMemory(CompressedMemory):
         num_entries: int = 128,
         compression: Callable[[int, int], Compression] = StridedConvolution,
         reconstruction: Callable[[int, int], Reconstruction] | None = None,
+        entry_bias: float | None = None,
     ) -> None:
-        super().__init__(dim, window, compression_rate, num_entries, compression, reconstruction)
+        options = (compression, reconstruction)
+        super().__init__(dim, window, compression_rate, num_entries, *options, entry_bias=entry_bias)
         # With equal scores the newer entry stays, so this starts as the bank of the newest.
         self.score = Linear(dim, 1)
         nn.init.zeros_(self.score.weight)

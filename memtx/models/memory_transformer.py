@@ -196,8 +196,8 @@ class MemoryTransformer(PretrainedModel):
         return remove_memory(self, window)
 
     def memory_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters of all memories by name: their own, their gates and the write tokens."""
-        parts = (".attention.memory.", ".attention.extra_memories.", ".attention.gate")
+        """Return the parameters of all memories by name: their own, gates, log-weights and the write tokens."""
+        parts = (".attention.memory.", ".attention.extra_memories.", ".attention.gate", ".attention.entry_bias")
         return {
             name: parameter
             for name, parameter in self.named_parameters()
@@ -349,7 +349,7 @@ class MemoryTransformer(PretrainedModel):
         blocks = zip(self._layers(), state.layers[: self.depth], strict=True)
         rings = [block.attention.open_ring(layer_state, state.position) for block, layer_state in blocks]
         if (memory := self.output_memory) is not None:
-            rings.append(None if memory.is_hidden else memory.open_ring(state.layers[-1][0], state.position))
+            rings.append(memory.open_ring(state.layers[-1][0], state.position))
         supported = [ring for ring in rings if ring is not None]
         return supported if len(supported) == len(rings) else None
 

@@ -37,7 +37,7 @@ def without_source(model: ModelT, source: str) -> ModelT:
     """Return a copy of a model, which shares its weights, that never reads one of its sources.
 
     The source stays in the state, which fits both models. A memory in place of attention, such as ``GatedDeltaNet``,
-    begins every call with a fresh state. The copy decodes by one call per token.
+    begins every call with a fresh state.
 
     Raises:
         MemtxError: The model has no source of this name.

@@ -25,6 +25,7 @@ from memtx.training.optimizers import (
     SchedulerFactory,
     WarmupCosine,
     build_optimizer,
+    build_scheduler,
     default_optimizer,
 )
 
@@ -44,6 +45,8 @@ class BaseModule(pl.LightningModule):
             AdamW with learning rate 1e-3, betas 0.9 and 0.95 and weight decay 0.1.
         scheduler: Creates the schedule from the optimizer; stepped every optimizer step. Defaults to ``WarmupCosine``.
             None means a constant rate.
+        gate_lr_multiplier: Factor of the learning rate of memories' gates, shares and log-weights, which have no weight
+            decay: at the common rate they open too slowly. 1 disables it.
         distillation: Teacher and losses to train with, in addition to or instead of the labels; ``SelfDistillation``
             teaches a memory the model's attention over a whole batch. None disables it.
     """
@@ -55,8 +58,12 @@ class BaseModule(pl.LightningModule):
         optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = WarmupCosine,
         distillation: Distillation | None = None,
+        gate_lr_multiplier: float = 10.0,
     ) -> None:
         super().__init__()
+        if not 0.0 < gate_lr_multiplier < math.inf:
+            raise MemtxError(f"gate_lr_multiplier is {gate_lr_multiplier}, expected a positive number.", "1 is off.")
+        self.gate_lr_multiplier = gate_lr_multiplier
         self.distillation = distillation
         self.make_optimizer = optimizer if optimizer is not None else default_optimizer
         self.make_scheduler = scheduler
@@ -147,8 +154,9 @@ class BaseModule(pl.LightningModule):
         """Return the optimizer and its schedule."""
         # Computed before the data position is restored: see _compute_total_steps.
         self._total_steps = self._compute_total_steps() if self.distillation is not None else 0
-        optimizer = build_optimizer(self.make_optimizer, self)
-        scheduler = None if self.make_scheduler is None else self.make_scheduler(optimizer)
+        optimizer = build_optimizer(self.make_optimizer, self, multiplier := self.gate_lr_multiplier)
+        make_scheduler = self.make_scheduler
+        scheduler = None if make_scheduler is None else build_scheduler(make_scheduler, optimizer, self, multiplier)
         logged = {"train_loss", "train_bits_per_byte", *getattr(self, "metrics", ())}
         preflight.check_monitors(self.trainer, self, logged, scheduler)
         if scheduler is None:

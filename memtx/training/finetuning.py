@@ -43,7 +43,7 @@ class TaskModule(BaseModule):
         token_mask_prob: Probability that a training token, other than special tokens, is replaced by ``mask_token_id``,
             against overfitting to few texts.
         mask_token_id: Id of the mask token; set from the data module.
-        **options: ``optimizer``, ``scheduler`` and ``distillation`` of :class:`BaseModule`.
+        **options: ``optimizer``, ``scheduler``, ``gate_lr_multiplier`` and ``distillation`` of :class:`BaseModule`.
 
     Raises:
         MemtxError: A number is out of range, or the pretrained model is no encoder or has a smaller vocabulary.

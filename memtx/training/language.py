@@ -55,7 +55,7 @@ class LanguageModule(BaseModule):
         state_reset_prob: Probability that a stream starts a step with a fresh state in the middle of its document. None
             means 0.05 if a memory is ``unbounded``, else 0. Without resets, an unbounded memory keeps what it stored
             before its gates learned to close, and the model relies on it as on a bias that the next document loses.
-        **options: ``optimizer``, ``scheduler`` and ``distillation`` of :class:`BaseModule`.
+        **options: ``optimizer``, ``scheduler``, ``gate_lr_multiplier`` and ``distillation`` of :class:`BaseModule`.
 
     Raises:
         MemtxError: A number is out of range, nothing would be trained, or ``lora`` is given without ``freeze_base``.

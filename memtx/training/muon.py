@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -45,9 +45,14 @@ def find_hidden_matrices(model: nn.Module) -> set[Tensor]:
     }
 
 
-def add_adamw(make_muon: Callable[[Any], Muon], model: nn.Module, groups: list[dict[str, Any]]) -> Optimizer:
-    """Return Muon for the hidden matrices, with AdamW for other parameters: at 1e-3, or Muon's rate if on its scale."""
-    matrices = find_hidden_matrices(model)
+def add_adamw(
+    make_muon: Callable[[Any], Muon], model: nn.Module, groups: list[dict[str, Any]], gates: Collection[Tensor] = ()
+) -> Optimizer:
+    """Return Muon for the hidden matrices except the gates', with AdamW for all other parameters.
+
+    AdamW's learning rate is 1e-3, or Muon's if that is on its scale.
+    """
+    matrices = find_hidden_matrices(model).difference(gates)
     parts: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
     for group in groups:
         for is_hidden, part in parts.items():

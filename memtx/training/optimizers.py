@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.optim import LBFGS, AdamW, Muon, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, OneCycleLR
 
 from memtx.errors import MemtxError
 from memtx.training.muon import add_adamw
@@ -23,27 +23,77 @@ def default_optimizer(params: Iterable[Any]) -> Optimizer:
     return AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
 
 
-def make_param_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Return the trainable parameters in two groups: matrices, and the rest (norms, biases, gates) without decay."""
+def find_gates(model: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters that modules name in ``gate_parameters``: gates, shares and log-weights of memories."""
+    parts = [getattr(module, name) for module in model.modules() for name in getattr(module, "gate_parameters", ())]
+    return {
+        parameter
+        for part in parts
+        if part is not None
+        for parameter in (part.parameters() if isinstance(part, nn.Module) else (part,))
+    }
+
+
+def make_param_groups(model: nn.Module, *, separate_gates: bool = False) -> list[dict[str, Any]]:
+    """Return the trainable parameters in groups: matrices, and without decay the rest (norms, biases, gates).
+
+    ``separate_gates`` makes a group of the gates alone, the last one.
+    """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gates = find_gates(model)
+    parts: list[list[nn.Parameter]] = [[], [], []]
+    for parameter in trainable:
+        is_gate = parameter in gates
+        parts[2 if is_gate and separate_gates else int(is_gate or parameter.dim() < 2)].append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": [parameter for parameter in trainable if parameter.dim() >= 2]},
-        {"params": [parameter for parameter in trainable if parameter.dim() < 2], "weight_decay": 0.0},
+        {"params": parts[0]},
+        *({"params": part, "weight_decay": 0.0} for part in parts[1:]),
     ]
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(make_optimizer: OptimizerFactory, model: nn.Module) -> Optimizer:
-    """Return the optimizer of a model's parameters; ``torch.optim.Muon`` is given an AdamW for those it cannot take."""
+def build_optimizer(make_optimizer: OptimizerFactory, model: nn.Module, gate_lr_multiplier: float = 1.0) -> Optimizer:
+    """Return the optimizer of a model's parameters, in which gates have a multiple of the learning rate.
+
+    ``torch.optim.Muon`` is given an AdamW for the parameters that it cannot take.
+    """
     # Of one matrix, which every optimizer takes.
     kind = make_optimizer([{"params": [nn.Parameter(torch.zeros(1, 1))]}])
     if isinstance(kind, LBFGS):
         reason = "torch.optim.LBFGS reads a batch several times per step, and the memory would advance every time."
         raise MemtxError(reason, "Choose another model.optimizer, such as torch.optim.AdamW or torch.optim.Muon.")
-    groups = make_param_groups(model)
+    groups = make_param_groups(model, separate_gates=gate_lr_multiplier != 1.0)
     if isinstance(kind, Muon):
-        return add_adamw(cast(Callable[[Any], Muon], make_optimizer), model, groups)
-    return make_optimizer(groups)
+        optimizer = add_adamw(cast(Callable[[Any], Muon], make_optimizer), model, groups, find_gates(model))
+    else:
+        optimizer = make_optimizer(groups)
+    for group in _gate_groups(optimizer, model, gate_lr_multiplier):
+        group["lr"] = group["lr"] * gate_lr_multiplier
+    return optimizer
+
+
+def build_scheduler(
+    make_scheduler: SchedulerFactory, optimizer: Optimizer, model: nn.Module, gate_lr_multiplier: float = 1.0
+) -> LRScheduler:
+    """Return the schedule of an optimizer from :func:`build_optimizer`, which keeps the gates' multiple."""
+    scheduler = make_scheduler(optimizer)
+    if isinstance(scheduler, OneCycleLR | CyclicLR):
+        # These set the rates of all groups alike, whatever the optimizer's are.
+        for group in _gate_groups(optimizer, model, gate_lr_multiplier):
+            for key in {"lr", "initial_lr", "max_lr", "min_lr"} & group.keys():
+                group[key] *= gate_lr_multiplier
+            if isinstance(scheduler, CyclicLR):
+                index = optimizer.param_groups.index(group)
+                scheduler.base_lrs[index] *= gate_lr_multiplier
+                scheduler.max_lrs[index] *= gate_lr_multiplier
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+    return scheduler
+
+
+def _gate_groups(optimizer: Optimizer, model: nn.Module, gate_lr_multiplier: float) -> list[dict[str, Any]]:
+    """Return the groups of gates, none if they are no groups of their own."""
+    gates = find_gates(model) if gate_lr_multiplier != 1.0 else set()
+    return [group for group in optimizer.param_groups if group["params"][0] in gates]
 
 
 _CONFIG_KEYS = ("warmup_steps", "total_steps", "min_lr_ratio")

@@ -35,7 +35,7 @@ class TokenPredictionModule(BaseModule):
     """Trains a model to predict selected tokens of a text; logs loss and accuracy.
 
     Args:
-        **options: ``optimizer``, ``scheduler`` and ``distillation`` of :class:`BaseModule`.
+        **options: ``optimizer``, ``scheduler``, ``gate_lr_multiplier`` and ``distillation`` of :class:`BaseModule`.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -77,7 +77,7 @@ class MaskedModule(TokenPredictionModule):
         mask_id: Id of the mask token, if the vocabulary has one. None adds it after the last id.
         mask_prob: Probability that a token or a word is selected. Defaults to 0.15.
         whole_words: If True, select all tokens of a word together.
-        **options: ``optimizer``, ``scheduler`` and ``distillation`` of :class:`BaseModule`.
+        **options: ``optimizer``, ``scheduler``, ``gate_lr_multiplier`` and ``distillation`` of :class:`BaseModule`.
     """
 
     model: Encoder

@@ -99,6 +99,10 @@ def test_matches_the_equations(
     close(gate[0], share * (position >= exclude_recent)[:, None])
 
 
+def test_untrained_neighbors_have_a_small_share() -> None:
+    assert torch.sigmoid(RetrievalMemory(DIM, heads=HEADS).mix_gate).max() < 0.05
+
+
 def test_finds_an_equal_key_among_thousands() -> None:
     memory = build_memory(capacity=4000, top_k=1, exclude_recent=1, token_shift=False)
     with torch.no_grad():

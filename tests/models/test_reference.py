@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -55,9 +56,13 @@ def plain(model: MemoryTransformer, tokens: Tensor, window: int, rate: int, leng
             if isinstance(attention.positions, Rotary):
                 q, k = rotate(q, torch.tensor([float(t)], dtype=torch.float64)), rotate(k, key_position)
             out = []
+            edge, near = rate * max(0, (t - window + 1) // rate), getattr(attention.memory, "near_window", None)
+            is_far = (key_position < edge) | (key_position <= t - (near or math.inf))
             for head in range(heads):
                 kv_head = head // (heads // kv_heads)
                 score = k[:, kv_head] @ q[0, head] / size**0.5
+                if attention.entry_bias is not None:
+                    score = score + attention.entry_bias[head] * is_far
                 if isinstance(attention.positions, Alibi):
                     score = score - 2.0 ** (-8.0 * (head + 1) / heads) * (t - key_position)
                 out.append(torch.softmax(score, 0) @ v[:, kv_head])
@@ -81,7 +86,8 @@ def test_logits_and_gradients_equal_the_plain_model(compression: type, data: st.
         7, dim=8, depth=2, heads=4, kv_heads=data.draw(st.sampled_from([1, 2, 4])),
         memories=[
             partial(
-                CompressedMemory, window=window, compression_rate=rate, num_entries=length, compression=compression
+                CompressedMemory, window=window, compression_rate=rate, num_entries=length, compression=compression,
+                entry_bias=data.draw(st.sampled_from([None, -1.0])),
             )
         ],
         norm=data.draw(st.sampled_from([nn.RMSNorm, nn.LayerNorm])),
@@ -101,6 +107,25 @@ def test_logits_and_gradients_equal_the_plain_model(compression: type, data: st.
     for expected, grad in zip(expected_grads, grads, strict=True):
         # Without compression, the plain model has no gradient and ours is zero.
         assert ((expected if expected is not None else 0.0) - grad).abs().max() < 1e-9
+
+
+@given(data=st.data())
+def test_a_bias_beyond_the_near_window_equals_the_plain_model(data: st.DataObject) -> None:
+    window = data.draw(st.integers(2, 9))
+    near_window = data.draw(st.integers(1, window - 1))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    memory = partial(RecurrentMemory, window=window, near_window=near_window, entry_bias=0.0)
+    positions = data.draw(st.sampled_from([Rotary, Alibi]))
+    model = MemoryTransformer(7, dim=8, depth=2, heads=2, memories=[memory], positions=positions).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    tokens = torch.randint(0, 7, (20,))
+    expected_loss = F.cross_entropy(plain(model, tokens[:-1], window, 1, 0), tokens[1:])
+    expected_grads = torch.autograd.grad(expected_loss, list(model.parameters()))
+    grads = torch.autograd.grad(model(tokens[None, :-1], labels=tokens[None, 1:]).loss, list(model.parameters()))
+    for expected, grad in zip(expected_grads, grads, strict=True):
+        assert (expected - grad).abs().max() < 1e-9
 
 
 def test_full_window_equals_plain_causal_transformer() -> None:

@@ -12,16 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memtx import MemoryTransformer, MemtxError, list_sources, without_source
+from memtx.inference.decoder import Decoder
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.gated_delta_net import GatedDeltaNet
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.models.sources import hide_sources
-from tests.invariants.strategies import VOCAB_SIZE, Case, cases, read, segment_bounds
+from tests.invariants.strategies import VOCAB_SIZE, Case, cases, distance, read, segment_bounds
 from tests.memory_zoo import KINDS, Stack, output_memory
 
 EXPECTED = {
     "recurrent": [],
     "compressed-mean": ["bank"],
+    "recurrent-entry-bias": ["cache"],
     "top-k": ["bank"],
     "dual": ["bank", "associative"],
     "slots": ["slot"],
@@ -66,7 +68,7 @@ def test_without_all_sources_the_window_remains(kind: str, data: st.DataObject) 
         if isinstance(memory, CompressedMemory):
             rate = memory.compression_rate
             return partial(CompressedMemory, window=memory.window, compression_rate=rate, num_entries=0)
-        return partial(type(memory), window=memory.window)  # type: ignore[call-arg, arg-type]
+        return partial(type(memory), window=memory.near_window or memory.window)  # type: ignore[call-arg, arg-type]
 
     window = MemoryTransformer(
         VOCAB_SIZE, dim=8, depth=2, heads=2, kv_heads=case.model.blocks[0].attention.kv_heads,  # type: ignore[arg-type, union-attr]
@@ -88,9 +90,21 @@ def test_the_copy_shares_weights_and_states_with_the_model() -> None:
     tokens = torch.randint(VOCAB_SIZE, (2, 20))
     state = model(tokens).state
     assert reduced(tokens, state).state.named_tensors().keys() == state.named_tensors().keys()
-    assert reduced.to_rings(state) is None
-    copying = build(KINDS["copy"](4, 2, 3), output_memory("copy", 4, 2))
-    assert without_source(copying, "copy").to_rings(copying(tokens).state) is None
+
+
+@pytest.mark.parametrize("kind", ["compressed-mean", "recurrent-entry-bias", "copy", "gated-delta-net", "dual"])
+@given(data=st.data())
+@settings(max_examples=8)
+def test_decoding_hides_the_source(kind: str, data: st.DataObject) -> None:
+    case = data.draw(cases(kind))
+    reduced = without_source(case.model, list_sources(case.model)[0])
+    state = reduced.init_state(len(case.tokens))
+    decoder = Decoder(reduced, state)
+    for token in case.tokens.T:
+        expected = reduced(token[:, None], state)
+        state = expected.state
+        assert (decoder.step(token) - expected.logits[:, 0]).abs().max() < 1e-10
+    assert distance(decoder.state, state) < 1e-10
 
 
 def test_hiding_ends_with_its_context() -> None:

@@ -10,13 +10,17 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.optim.lr_scheduler import StepLR
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, StepLR
 
 from memtx.errors import MemtxError
-from memtx.training.optimizers import WarmupCosine, make_param_groups
+from memtx.memory.copy_memory import CopyMemory
+from memtx.memory.retrieval import RetrievalMemory
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.training.language import LanguageModule
+from memtx.training.optimizers import WarmupCosine, build_optimizer, build_scheduler, make_param_groups
 from memtx.training.tbptt import unroll
 from tests.memory_zoo import KINDS
-from tests.training.small import SEGMENT, Record, data, model, module, sgd, trainer, weights
+from tests.training.small import SEGMENT, Record, adam, data, memory, model, module, sgd, trainer, weights
 
 
 def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
@@ -66,6 +70,87 @@ def test_only_matrices_have_weight_decay() -> None:
         parameter.requires_grad_(parameter.dim() < 2)
     (only,) = make_param_groups(decoder)
     assert only["weight_decay"] == 0.0
+
+
+def gated_model() -> MemoryTransformer:
+    stack = [memory(entry_bias=-3.0), partial(RetrievalMemory, capacity=8, top_k=2, exclude_recent=6, heads=2)]
+    return model(30, memories=(stack,), gated_memory=True, output_memory=partial(CopyMemory, num_entries=8, key_dim=4))
+
+
+GATES = {"entry_bias", "gate", "mix_gate", "log_scale", "output_memory.gate.weight", "output_memory.gate.bias"}
+
+
+def gate_rates(optimizer: torch.optim.Optimizer, decoder: MemoryTransformer) -> tuple[set[float], set[float]]:
+    """Return the rates of the gates and of all others."""
+    names = {id(parameter): name for name, parameter in decoder.named_parameters()}
+    rates: tuple[set[float], set[float]] = set(), set()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            is_gate = name in GATES or name.rpartition(".")[2] in GATES
+            assert not (is_gate and group["weight_decay"]), name
+            rates[not is_gate].add(group["lr"])
+    assert all(rates)
+    return rates
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Adafactor", "Muon"])
+@pytest.mark.parametrize("multiplier", [1.0, 5.0])
+def test_gates_have_a_rate_of_their_own_and_no_decay(name: str, multiplier: float) -> None:
+    decoder = gated_model()
+    optimizer = build_optimizer(partial(getattr(torch.optim, name), lr=1e-3, weight_decay=0.1), decoder, multiplier)
+    gates, others = gate_rates(optimizer, decoder)
+    assert others == {1e-3}
+    assert [*gates] == pytest.approx([1e-3 * multiplier])
+
+
+@pytest.mark.parametrize(
+    "make_scheduler",
+    [
+        partial(WarmupCosine, warmup_steps=2, total_steps=9),
+        partial(StepLR, step_size=2),
+        partial(OneCycleLR, max_lr=0.1, total_steps=9),
+        partial(CyclicLR, base_lr=0.01, max_lr=0.1, step_size_up=3, cycle_momentum=False),
+    ],
+)
+def test_schedules_keep_the_multiple(make_scheduler: Any) -> None:
+    decoder = gated_model()
+    optimizer = build_optimizer(partial(torch.optim.AdamW, lr=1e-3), decoder, 5.0)
+    scheduler = build_scheduler(make_scheduler, optimizer, decoder, 5.0)
+    for _ in range(7):
+        (gate_rate,), (rate,) = gate_rates(optimizer, decoder)
+        assert gate_rate == pytest.approx(5.0 * rate)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_run_with_gates_resumes_exactly(tmp_path: Path) -> None:
+    def start() -> LanguageModule:
+        torch.manual_seed(0)
+        return LanguageModule(
+            lambda vocabulary: model(vocabulary, memories=(memory(entry_bias=-3.0),)),
+            segment_length=SEGMENT,
+            optimizer=adam,
+        )
+
+    texts, full = data(tmp_path), start()
+    trainer(tmp_path, max_steps=6, limit_val_batches=0).fit(full, datamodule=texts)
+    path, half = tmp_path / "half.ckpt", start()
+    run = trainer(tmp_path, max_steps=3, limit_val_batches=0)
+    run.fit(half, datamodule=data(tmp_path))
+    run.save_checkpoint(path)
+    resumed = start()
+    run = trainer(tmp_path, max_steps=6, limit_val_batches=0)
+    run.fit(resumed, datamodule=data(tmp_path), ckpt_path=path)
+    (gate_rate,), (rate,) = gate_rates(run.optimizers[0], resumed.model)
+    assert gate_rate == pytest.approx(10.0 * rate)
+    assert all(torch.equal(tensor, weights(resumed)[name]) for name, tensor in weights(full).items())
+
+
+@pytest.mark.parametrize("multiplier", [0.0, -1.0, math.inf, math.nan])
+def test_a_multiplier_is_a_positive_number(multiplier: float) -> None:
+    with pytest.raises(MemtxError, match="gate_lr_multiplier"):
+        module(gate_lr_multiplier=multiplier)
 
 
 def learning_rates(schedule: WarmupCosine, steps: int) -> list[float]:

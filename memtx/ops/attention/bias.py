@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memtx.ops.attention.mask import BankSplit
+
 PAD_COLUMNS = 8
 """Columns that a key bias adds per head: one is used, eight keep the heads aligned in memory."""
 
@@ -79,9 +81,17 @@ class RelativeBias:
 ScoreBias = AlibiBias | RelativeBias
 
 
-def slice_bias(bias: ScoreBias | None, start: int, stop: int | None) -> ScoreBias | None:
-    """Return the bias for the keys [start, stop)."""
-    return None if bias is None else replace(bias, key_offset=bias.key_offset[:, start:stop])
+def split_bias(bias: ScoreBias | None, split: BankSplit) -> tuple[ScoreBias | None, ScoreBias | None]:
+    """Return the biases of both parts of the keys, the same objects for the layers that share a bias and a split."""
+    if bias is None:
+        return None, None
+
+    def slices() -> tuple[ScoreBias, ScoreBias]:
+        first = bias.key_offset.shape[1] - split.exact.num_keys
+        offsets = bias.key_offset[:, : split.bank.num_keys], bias.key_offset[:, first:]
+        return replace(bias, key_offset=offsets[0]), replace(bias, key_offset=offsets[1])
+
+    return split.bank.memo(("split_bias", bias), slices)
 
 
 def bias_requires_grad(bias: ScoreBias | None) -> bool:

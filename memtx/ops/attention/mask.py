@@ -125,15 +125,37 @@ class Visibility(Memo):
         return self.visible_from.shape[1]
 
 
-def split_bank(visibility: Visibility) -> tuple[Visibility, Visibility]:
+@dataclass(frozen=True)
+class BankSplit:
+    """Visibility in two parts, of what lies beyond the exact window and of the window; a query sees a key in one.
+
+    Attributes:
+        bank: Visibility of the first keys.
+        exact: Visibility of the last keys, which may overlap with the first.
+    """
+
+    bank: Visibility
+    exact: Visibility
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys of both parts in x ``(batch, heads, keys, head_dim)``."""
+        num_first, num_last = self.bank.num_keys, self.exact.num_keys
+        if num_first + num_last == x.shape[2]:
+            # The gradient is one concatenation; slices would each fill a tensor of all keys.
+            first, last = torch.split(x, [num_first, num_last], dim=2)
+            return first, last
+        return x[:, :, :num_first], x[:, :, x.shape[2] - num_last :]
+
+
+def split_bank(visibility: Visibility) -> BankSplit:
     """Split into the visibility of the first key range and that of all others."""
 
-    def split() -> tuple[Visibility, Visibility]:
+    def split() -> BankSplit:
         assert visibility.pattern is None, "a pattern covers all keys"
         key_ranges, queries = visibility.key_ranges, visibility.num_queries
         start, end, n = visibility.visible_from, visibility.visible_until, key_ranges[0].num_keys
         bank = Visibility(start[:, :n], end[:, :n], queries, key_ranges[:1])
-        return bank, Visibility(start[:, n:], end[:, n:], queries, key_ranges[1:])
+        return BankSplit(bank, Visibility(start[:, n:], end[:, n:], queries, key_ranges[1:]))
 
     return visibility.memo("split_bank", split)
 
