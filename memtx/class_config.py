@@ -26,6 +26,14 @@ def _class_path(target: Any) -> str:
     return f"{target.__module__}.{target.__qualname__}"
 
 
+def factory_target(factory: Any) -> Any:
+    """Return the class or function that a factory calls."""
+    if not isinstance(factory, functools.partial):
+        return factory
+    # jsonargparse passes a partial of its instantiator, with the class as the last positional argument.
+    return factory.args[-1] if factory.args and inspect.isclass(factory.args[-1]) else factory.func
+
+
 def to_config(value: Any) -> Any:
     """Convert ``value`` to JSON values; raises TypeError for an object without a class path, such as a lambda."""
     if value is None or isinstance(value, bool | int | float | str):
@@ -35,11 +43,8 @@ def to_config(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [to_config(element) for element in value]
     if isinstance(value, functools.partial):
-        target = value.func
-        if value.args and inspect.isclass(value.args[-1]):
-            # jsonargparse passes a partial of its instantiator, with the class as the last positional argument.
-            target = value.args[-1]
-        elif value.args:
+        target = factory_target(value)
+        if value.args and target is value.func:
             raise TypeError(f"{value} has positional arguments; pass them by name so that they can be saved.")
         return {"class_path": _class_path(target), "init_args": to_config(value.keywords)}
     if callable(value) and "<" not in getattr(value, "__qualname__", "<"):

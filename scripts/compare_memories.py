@@ -3,10 +3,11 @@
     python scripts/compare_memories.py [--tasks NAME ...] [--memories NAME ...] [--seeds 0 1 2]
         [--books shipped] [--root PATH/pg19-mini]
 
-Synthetic tasks: two layers, a window of one segment in every stack, back-propagation through whole episodes, the loss
-on answers alone; accuracy at distances far beyond those in training. Feed-forward layers shrink by a memory's
-parameters. --books shipped also trains configs/pg19-mini.yaml as it is, with the exact cache alone, with nothing
-carried and with a convolution that compresses; compare_books.py compares memories on books.
+Synthetic tasks: two layers, a window of one segment in every stack (hybrids: in the second layer, the first being a
+Gated DeltaNet), back-propagation through whole episodes, the loss on answers alone; accuracy at distances far beyond
+those in training. Feed-forward layers shrink by a memory's parameters. --books shipped also trains
+configs/pg19-mini.yaml as it is, with the exact cache alone, with nothing carried and with a convolution that
+compresses; compare_books.py compares memories on books.
 
 Figures are saved in --output-dir as soon as they are measured, so the script can be interrupted and restarted; the
 tables show all saved figures. Seconds are CPU seconds on one thread.
@@ -27,7 +28,7 @@ from typing import Any
 import benchmarking
 import torch
 from benchmarking import count_parameters
-from memory_stacks import MemoryFactory, comparison_stacks
+from memory_stacks import MemoryFactory, comparison_stacks, hybrid_stacks
 from training_runs import last_value, run_fit, train_on_episodes
 
 from memtx import files, plots
@@ -49,6 +50,9 @@ TASKS: dict[str, SyntheticTask] = {
 DISTANCES = {name: [3, 100, 1000] if name == "T1 recall" else [1, 3, 32] for name in TASKS}
 TRAINING_SEGMENTS = 3
 """Number of segments after those that are written, in training."""
+
+HYBRIDS = tuple(hybrid_stacks(1))
+"""Stacks with a memory per layer, for the two layers of the synthetic tasks."""
 
 ABLATIONS = ("associative, plain sigmoid", "associative, no delta rule")
 """Stacks that run only if --memories names them."""
@@ -87,10 +91,12 @@ def train_on_task(name: str, memory: str, seed: int, arguments: argparse.Namespa
     """Train a stack on a synthetic task and return its figures."""
     task, dim = TASKS[name], arguments.dim
     stacks = comparison_stacks(task.segment_length)
+    hybrid = hybrid_stacks(task.segment_length).get(memory)
 
-    def build_model(hidden_dim: int, memories: Sequence[MemoryFactory] = stacks[memory]) -> MemoryTransformer:
+    def build_model(hidden_dim: int, stack: Sequence[MemoryFactory] | None = None) -> MemoryTransformer:
+        memories: Any = [stack] if stack is not None else hybrid or [stacks[memory]]
         return MemoryTransformer(
-            task.vocab_size, dim, 2, 2, memories=[memories], feed_forward=partial(FeedForward, hidden_dim=hidden_dim)
+            task.vocab_size, dim, 2, 2, memories=memories, feed_forward=partial(FeedForward, hidden_dim=hidden_dim)
         )
 
     # All models have as many parameters as the largest stack with a feed-forward width of 2 dim.
@@ -135,7 +141,7 @@ def runs_of(figures: Figures, group: str, name: str) -> dict[int, dict[str, Any]
 
 def format_task_table(figures: Figures, task: str) -> list[str]:
     """Format a synthetic task: a line for each memory, every seed's accuracy at every distance."""
-    runs_by_memory = {memory: runs_of(figures, task, memory) for memory in comparison_stacks(1)}
+    runs_by_memory = {memory: runs_of(figures, task, memory) for memory in (*comparison_stacks(1), *HYBRIDS)}
     runs_by_memory = {memory: runs for memory, runs in runs_by_memory.items() if runs}
     distances = {int(key) for runs in runs_by_memory.values() for run in runs.values() for key in run["accuracy"]}
     lines = [
@@ -204,7 +210,7 @@ def plot_results(figures: Figures, path: Path) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     benchmarking.add_benchmark_options(parser)
-    names = list(comparison_stacks(1))
+    names = [*comparison_stacks(1), *HYBRIDS]
     default = [name for name in names if name not in ABLATIONS]
     parser.add_argument("--output-dir", type=Path, default=Path("runs/compare-memories"), help="folder of the figures")
     parser.add_argument("--tasks", nargs="*", choices=list(TASKS), default=list(TASKS), metavar="TASK")

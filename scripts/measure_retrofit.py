@@ -33,8 +33,9 @@ from memtx.memory.recurrent import RecurrentMemory
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.sources import list_sources, without_source
 from memtx.state import MemoryState
+from memtx.training import optimizers
 from memtx.training.lora import LoRA
-from memtx.training.optimizers import WarmupCosine, make_param_groups
+from memtx.training.optimizers import WarmupCosine
 from memtx.training.tbptt import unroll
 
 BOS_TOKEN_ID = 256
@@ -68,8 +69,9 @@ def optimizer_step(
 def build_optimizer(
     model: MemoryTransformer, learning_rate: float, steps: int
 ) -> tuple[torch.optim.Optimizer, WarmupCosine]:
-    """Return AdamW and its schedule."""
-    optimizer = torch.optim.AdamW(make_param_groups(model), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    """Return AdamW and its schedule; gates have ten times the learning rate, as in LanguageModule."""
+    adamw = partial(torch.optim.AdamW, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = optimizers.build_optimizer(adamw, model, gate_lr_multiplier=10.0)
     return optimizer, WarmupCosine(optimizer, warmup_steps=max(1, steps // 20), total_steps=steps)
 
 
@@ -166,7 +168,10 @@ def retrofit(
     torch.manual_seed(seed)
     output_memory = partial(CopyMemory, num_entries=COPY_ENTRIES) if memory == COPY else None
     memory = () if memory == COPY else memory
-    model = base.with_memory(memory, num_sinks=arguments.num_sinks, output_memory=output_memory)
+    # A log-weight begins nearly closed by itself.
+    is_gated = not any(factory.keywords.get("entry_bias") for factory in memory)
+    options = {"num_sinks": arguments.num_sinks, "output_memory": output_memory, "gated_memory": is_gated}
+    model = base.with_memory(memory, **options)
     added = model.memory_parameters()
     if rank:
         added = {**added, **LoRA(rank, 2 * rank)(model)}

@@ -10,6 +10,7 @@ from memtx.memory.associative import AssociativeMemory
 from memtx.memory.base import Memory
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.compression import MeanPooling
+from memtx.memory.gated_delta_net import GatedDeltaNet
 from memtx.memory.memory_tokens import TokenMemory
 from memtx.memory.none import NoMemory
 from memtx.memory.parts import Gate, ReflectingGate
@@ -50,6 +51,19 @@ def comparison_stacks(window: int) -> MemoryStacks:
     }  # fmt: skip
 
 
+def hybrid_stacks(window: int) -> MemoryStacks:
+    """Return hybrids, a memory per layer: a Gated DeltaNet in place of attention, then attention within the window.
+
+    Writes of strengths up to 2 can flip the sign of what is stored.
+    """
+    exact: MemoryFactory = partial(RecurrentMemory, window=window)
+    delta: Any = partial(GatedDeltaNet, heads=2)
+    return {
+        "gated delta net": [delta, exact],
+        "gated delta net, beta to 2": [partial(delta, negative_eigenvalues=True), exact],
+    }
+
+
 def replay_stacks(window: int) -> MemoryStacks:
     """Return the memories whose training steps are measured with and without replay."""
     exact: MemoryFactory = partial(RecurrentMemory, window=window)
@@ -69,5 +83,8 @@ def retrofit_stacks(window: int) -> MemoryStacks:
     return {
         "associative": [partial(AssociativeMemory, heads=4, decay_gate=None)],
         "compressed": [partial(CompressedMemory, window=window, compression_rate=4, num_entries=window // 2)],
+        "compressed-entry-bias": [
+            partial(CompressedMemory, window=window, compression_rate=4, num_entries=window // 2, entry_bias=-3.0)
+        ],
         "slots": [partial(SlotMemory, num_slots=16, interval=window // 4)],
     }

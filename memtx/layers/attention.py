@@ -128,7 +128,8 @@ class MemoryAttention(nn.Module):
         memories = self.memories[: len(state)]
         views = [memory.read(part, x, segment, self) for memory, part in zip(memories, state, strict=True)]
         q, gate = self._project_queries(x)
-        k, v = self._split_keys_values(torch.cat([self.key_value(part) for part in views[0].parts], dim=1))
+        projected = [self.key_value(part) for part in views[0].parts if part.shape[1]]
+        k, v = self._split_keys_values(projected[0] if len(projected) == 1 else torch.cat(projected, dim=1))
         readouts = self._readouts(views, q)
         entry_positions = views[0].entry_positions
         q, k, bias = self.positions(q, k, entry_positions, segment)
@@ -140,6 +141,7 @@ class MemoryAttention(nn.Module):
             return entry_positions.bank_split or split_bank(visibility)
 
         attended = self._attend_and_combine(q, k, v, visibility, bank_split, bias, readouts)
+        del q, k, v, readouts, projected
         out = self.out(self._apply_output_gate(attended.transpose(1, 2).flatten(2), gate))
         next_state, losses = self._write(memories, views, segment, LayerActivations(x, out, self))
         return out, next_state, losses
@@ -224,12 +226,18 @@ class MemoryAttention(nn.Module):
         """Return the queries without positions and the output gates' inputs, ``(batch, length, heads, head_dim)``."""
         projected = self.query(x).view(*x.shape[:-1], self.heads, -1)
         q, gate = projected.chunk(2, dim=-1) if self.output_gate else (projected, None)
+        if gate is not None and not torch.is_grad_enabled():
+            gate = gate.contiguous()  # which frees the projection
         q = self.query_norm(q).to(projected.dtype)  # CUDA's autocast normalizes in float32
         return (q if self.query_scale == 1.0 else q * self.query_scale), gate
 
     def _apply_output_gate(self, attended: Tensor, gate: Tensor | None) -> Tensor:
         """Multiply the heads' outputs, ``(..., heads * head_dim)``, by the sigmoids of the gates' inputs, if any."""
-        return attended if gate is None else attended * torch.sigmoid(gate.flatten(-2)).view(attended.shape)
+        if gate is None:
+            return attended
+        if torch.is_grad_enabled():
+            return attended * torch.sigmoid(gate).view(attended.shape)
+        return attended.mul_(gate.sigmoid_().view(attended.shape))
 
     def _split_keys_values(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys without positions and values, each ``(batch, entries, kv_heads, head_dim)``."""

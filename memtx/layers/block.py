@@ -13,6 +13,7 @@ from memtx.layers.encoder_attention import EncoderAttention, EncoderInputs
 from memtx.layers.token_mixer import TokenMixer
 from memtx.memory.base import Losses
 from memtx.memory.kv_ring import DecodeStep
+from memtx.ops.cpu.token_chunks import split_without_grad
 from memtx.segment import Segment
 
 
@@ -52,10 +53,17 @@ class Block(nn.Module):
         """Return the layer's output ``(batch, length, dim)``, and its memories' next states and losses."""
         attended, state, losses = self.attention(self.attention_norm(x), state, segment)
         x = x + self.dropout(self.attention_post_norm(attended))
-        x = x + self.dropout(self.feed_forward_post_norm(self.feed_forward(self.feed_forward_norm(x))))
+        chunks = split_without_grad(x)
+        for chunk in chunks if len(chunks) > 1 else ():
+            chunk += self._feed_forward(chunk)  # a view of x
+        x = x if len(chunks) > 1 else x + self._feed_forward(x)
         if isinstance(self.attention, MemoryAttention) and self.attention.needs_layer_output:
             state = self.attention.on_layer_output(state, self.attention_norm(x), segment)
         return x, state, losses
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.dropout(self.feed_forward_post_norm(self.feed_forward(self.feed_forward_norm(x))))
+        return out
 
     def project_values(self, x: Tensor) -> Tensor:
         """Return the values of the layer's input x, all heads concatenated, ``(batch, length, heads * head_dim)``."""

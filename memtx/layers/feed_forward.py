@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from memtx.ops.cpu.elementwise import swiglu
 from memtx.ops.cpu.linear import Linear
 
 
@@ -38,7 +39,10 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(batch, length, dim)`` to the same shape."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        gate_up = self.gate_up(x)
+        if isinstance(self.activation, nn.SiLU):
+            return self.out(self.dropout(swiglu(gate_up)))
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.out(self.dropout(self.activation(gate) * up))
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from memtx.ops.cpu.elementwise import rms_norm
 
 
 class ZeroCenteredRMSNorm(nn.RMSNorm):
@@ -19,12 +20,13 @@ class ZeroCenteredRMSNorm(nn.RMSNorm):
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__(dim, eps)
+        self.norm_eps = eps
         nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``(..., dim)``; computed in float32 or wider."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(wide, self.normalized_shape, 1.0 + self.weight.to(wide.dtype), self.eps).to(x.dtype)
+        return rms_norm(wide, 1.0 + self.weight.to(wide.dtype), self.norm_eps).to(x.dtype)
 
 
 class JointHeadNorm(nn.Module):

@@ -1,8 +1,8 @@
 """Gated DeltaNet (Yang et al. 2024, section 3.3), as in Qwen 3.5: a layer whose memory is one matrix per head.
 
 It takes the place of attention. Queries, keys and values pass a short causal convolution; the matrix is written and
-read at every token by the gated delta rule (:mod:`memtx.ops.delta_rule`), and the normalized reads are gated. With a
-decay per key channel it is Kimi Delta Attention (Kimi Linear, Kimi Team 2025, section 3).
+read at every token by the gated delta rule, and the normalized reads are gated (:mod:`memtx.ops.gated_delta_net`). With
+a decay per key channel it is Kimi Delta Attention (Kimi Linear, Kimi Team 2025, section 3).
 """
 
 from __future__ import annotations
@@ -16,10 +16,17 @@ from torch.nn import functional as F
 
 from memtx.errors import MemtxError, check_at_least, check_divisible
 from memtx.memory.base import ContentAttention, Memory, View
-from memtx.memory.parts import merge_heads, split_heads
 from memtx.memory.recurrent import update_cache
 from memtx.ops.cpu.linear import Linear
-from memtx.ops.delta_rule import gated_delta_rule
+from memtx.ops.cpu.token_chunks import split_without_grad
+from memtx.ops.gated_delta_net import (
+    DeltaNetWeights,
+    compute_gates,
+    gate_reads,
+    gated_delta_net,
+    normalize_address,
+    split_qkv,
+)
 from memtx.segment import Segment
 from memtx.state import state_dataclass
 
@@ -81,6 +88,7 @@ class GatedDeltaNet(Memory[GatedDeltaNetState]):
         if decay not in ("head", "channel"):
             raise MemtxError(f"decay is {decay!r}.", "Give 'head' or 'channel'.")
         self.conv_size, self.negative_eigenvalues, self.decay = conv_size, negative_eigenvalues, decay
+        self.max_write, self.norm_eps = 2.0 if negative_eigenvalues else 1.0, norm_eps
         self.widths = [self.key_heads * self.key_dim, self.key_heads * self.key_dim, heads * self.value_dim]
         num_decays = heads * (self.key_dim if decay == "channel" else 1)
         self.qkv = Linear(dim, sum(self.widths), bias=False)
@@ -116,23 +124,25 @@ class GatedDeltaNet(Memory[GatedDeltaNetState]):
 
     def mix(self, state: GatedDeltaNetState, x: Tensor, segment: Segment) -> tuple[Tensor, GatedDeltaNetState]:
         """Return the layer's output for inputs x, both ``(batch, length, dim)``, and the next state."""
-        qkv = self.qkv(x)
-        q, k, v = torch.split(self._convolve(state.conv_inputs.to(qkv.dtype), qkv, segment), self.widths, dim=-1)
-        beta, log_decay = self._gates(x)
-        document_starts = segment.position == 0
-        if segment.valid_length is not None:
-            # Padding neither writes, decays nor starts a document.
-            index = torch.arange(segment.length, device=x.device)
-            is_padding = segment.memo("padding", lambda: index >= segment.valid_length[:, None])[:, None]  # type: ignore[index]
-            beta = beta.masked_fill(is_padding, 0.0)
-            document_starts = document_starts & ~is_padding[:, 0]
-            log_decay = log_decay.masked_fill(is_padding if log_decay.dim() == 3 else is_padding[..., None], 0.0)
-        dtype = beta.dtype
-        q, k, v = self._address(q, dtype) * self.key_dim**-0.5, self._address(k, dtype), split_heads(v, self.heads)
-        out, matrix = gated_delta_rule(q, k, v.to(dtype), beta, log_decay, state.matrix.to(dtype), document_starts)
-        return self._output(merge_heads(out), x), GatedDeltaNetState(
-            matrix, update_cache(state.conv_inputs.to(qkv.dtype), qkv, segment)
-        )
+        outputs, matrix, conv_inputs, start = [], state.matrix, state.conv_inputs, 0
+        chunks = split_without_grad(x) if segment.valid_length is None else (x,)
+        for chunk in chunks:
+            qkv = self.qkv(chunk)
+            conv_inputs, end = conv_inputs.to(qkv.dtype), start + chunk.shape[1]
+            position = segment.position[:, start:end]
+            reads, matrix = gated_delta_net(
+                qkv, self.output_gate(chunk), self.write_gate(chunk), self.decay_gate(chunk), conv_inputs, matrix,
+                position, segment.valid_length, self._weights(), max_write=self.max_write, norm_eps=self.norm_eps,
+            )  # fmt: skip
+            outputs.append(self.out(reads))
+            if end == segment.length:
+                conv_inputs = update_cache(conv_inputs, qkv, segment)
+            else:
+                recent = torch.cat([conv_inputs, qkv[:, -self.conv_size :]], dim=1)
+                conv_inputs = recent[:, recent.shape[1] - conv_inputs.shape[1] :]
+            start = end
+        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return out, GatedDeltaNetState(matrix, conv_inputs)
 
     def step(self, x: Tensor, state: GatedDeltaNetState) -> Tensor:
         """Return the layer's output ``(batch, dim)`` for one token per stream; the state is changed in place."""
@@ -140,56 +150,23 @@ class GatedDeltaNet(Memory[GatedDeltaNetState]):
         window = torch.cat([state.conv_inputs, qkv[:, None].to(state.conv_inputs.dtype)], dim=1)
         state.conv_inputs.copy_(window[:, 1:])
         mixed = F.silu(torch.einsum("bsc,cs->bc", window.to(qkv.dtype), self.conv_weight[:, 0]))
-        q, k, v = torch.split(mixed[:, None], self.widths, dim=-1)
-        beta, log_decay = self._gates(x[:, None])
-        dtype, matrix = state.matrix.dtype, state.matrix
+        dtype, matrix, weights = state.matrix.dtype, state.matrix, self._weights()
+        q, k, v = (part[:, :, 0] for part in split_qkv(mixed[:, None], matrix))
+        beta, log_decay = compute_gates(
+            self.write_gate(x)[:, None], self.decay_gate(x)[:, None], weights, self.key_dim, self.max_write
+        )
         ratio = self.heads // self.key_heads
-        q, k = (self._address(part, dtype)[:, :, 0].repeat_interleave(ratio, dim=1) for part in (q, k))
-        v = v.reshape(-1, self.heads, self.value_dim).to(dtype)
+        q, k = (normalize_address(part, dtype).repeat_interleave(ratio, dim=1) for part in (q, k))
         # (batch, heads, 1 or key_dim, 1)
         matrix.mul_(log_decay.to(dtype).exp().view(*matrix.shape[:2], -1, 1))
-        update = beta.to(dtype) * (v - torch.einsum("bhkv,bhk->bhv", matrix, k))
+        update = beta.to(dtype) * (v.to(dtype) - torch.einsum("bhkv,bhk->bhv", matrix, k))
         matrix.addcmul_(k[..., None], update[:, :, None])
-        out = torch.einsum("bhkv,bhk->bhv", matrix, q) * self.key_dim**-0.5
-        return self._output(out.flatten(1), x)
+        reads = torch.einsum("bhkv,bhk->bhv", matrix, q) * self.key_dim**-0.5
+        return self.out(gate_reads(reads, self.output_gate(x), self.norm.weight, self.norm_eps))
 
     def project_values(self, x: Tensor) -> Tensor:
         """Return the values of inputs x before the convolution, ``(batch, length, heads * value_dim)``."""
         return self.qkv(x)[..., -self.widths[2] :]
 
-    def _convolve(self, past: Tensor, inputs: Tensor, segment: Segment) -> Tensor:
-        """Return ``SiLU`` of the causal convolution within each document; inputs: ``(batch, length, channels)``."""
-        padded = torch.cat([past, inputs], dim=1)
-        out = inputs * self.conv_weight[:, 0, -1]
-        for lag in range(1, self.conv_size):
-            start = self.conv_size - 1 - lag
-            earlier = padded[:, start : start + segment.length]
-            if segment.has_document_starts:
-                earlier = earlier.masked_fill((segment.position < lag)[..., None], 0.0)
-            out = torch.addcmul(out, earlier, self.conv_weight[:, 0, start])
-        return F.silu(out)
-
-    def _gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the write strengths and log decays, ``(batch, heads, length)``, decays by channel with key_dim behind.
-
-        Both are in float32 or wider.
-        """
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        beta = torch.sigmoid(self.write_gate(x).to(dtype)).mT
-        step = F.softplus(self.decay_gate(x).to(dtype) + self.decay_bias)
-        rate = -self.log_decay_rate.to(dtype).exp()
-        by_channel = self.decay == "channel"
-        log_decay = split_heads(step, self.heads) * rate[:, None, None] if by_channel else (step * rate).mT
-        return beta * 2.0 if self.negative_eigenvalues else beta, log_decay
-
-    def _address(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return normalized queries or keys, ``(batch, key_heads, length, key_dim)``."""
-        x = split_heads(x, self.key_heads).to(dtype)
-        return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
-
-    def _output(self, reads: Tensor, x: Tensor) -> Tensor:
-        """Normalize and gate reads, ``(..., heads * value_dim)``, and project them to dim."""
-        reads = self.norm(reads.view(*reads.shape[:-1], self.heads, self.value_dim).to(self.norm.weight.dtype)).flatten(
-            -2
-        )
-        return self.out(reads.to(x.dtype) * F.silu(self.output_gate(x)))
+    def _weights(self) -> DeltaNetWeights:
+        return DeltaNetWeights(self.conv_weight, self.decay_bias, self.log_decay_rate, self.norm.weight)

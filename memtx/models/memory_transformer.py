@@ -26,6 +26,7 @@ from memtx.memory.base import Losses
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.copy_memory import CopyMemory, CopyView
 from memtx.memory.kv_ring import DecodeBuffers, DecodeStep
+from memtx.models.growing_windows import GrowingWindows, expand_memories
 from memtx.models.layer_factories import (
     FeedForwardFactory,
     MemoryFactory,
@@ -67,6 +68,7 @@ class MemoryTransformer(PretrainedModel):
         memories: Memory factories, given dim: one entry for all layers, or one per layer. An entry is a factory, or a
             list of factories for a layer with several memories: first the exact one, which carries the segment itself,
             then those with a readout of their own. A memory such as ``GatedDeltaNet`` replaces attention in its layer.
+            :class:`GrowingWindows` is a short form.
         norm: Factory of the norms, given dim; ``torch.nn.LayerNorm`` is the classic choice.
         feed_forward: Factory of the feed-forward part, given dim; ``FeedForward`` is the classic choice.
         positions: Factory of the position encoding, given (heads, head_dim); ``Alibi`` is the alternative.
@@ -111,7 +113,7 @@ class MemoryTransformer(PretrainedModel):
         depth: int = 6,
         heads: int = 4,
         kv_heads: int | None = None,
-        memories: Sequence[Sequence[MemoryFactory] | MemoryFactory] = (CompressedMemory,),
+        memories: Sequence[Sequence[MemoryFactory] | MemoryFactory] | GrowingWindows = (CompressedMemory,),
         norm: Callable[[int], nn.Module] = nn.RMSNorm,
         feed_forward: FeedForwardFactory = SwiGLU,
         positions: PositionsFactory = Rotary,
@@ -135,6 +137,7 @@ class MemoryTransformer(PretrainedModel):
         output_memory: Callable[[int], CopyMemory] | None = None,
     ) -> None:
         arguments = dict(locals())
+        arguments["memories"] = layer_memories = expand_memories(memories, depth)
         super().__init__()
         check_at_least(1, vocab_size=vocab_size, dim=dim, depth=depth, heads=heads)
         check_probability(dropout=dropout, attention_dropout=attention_dropout)
@@ -156,7 +159,7 @@ class MemoryTransformer(PretrainedModel):
         self.blocks = nn.ModuleList(
             build_block(dim, stack, attention, partial(make_positions, *position_args), make_ff, norm, norms, dropout)
             for stack, make_positions, make_ff, norms in zip(
-                memory_stacks(memories, depth),
+                memory_stacks(layer_memories, depth),
                 per_layer("layer_positions", layer_positions or positions, depth),
                 per_layer("layer_feed_forward", layer_feed_forward or feed_forward, depth),
                 per_layer("norm_placement", cast("Any", norm_placement), depth),
@@ -277,7 +280,8 @@ class MemoryTransformer(PretrainedModel):
         x = self.dropout(self._embed(tokens, segment.position))
         run_layers = partial(self._run_layers, keep_hidden_states=return_hidden_states)
         chunk_ends = find_chunk_ends(segment, self._layers())
-        call = (chunk_ends, x, replace(state, layers=state.layers[: self.depth]), document_starts)
+        layer_states, output_states = list(state.layers[: self.depth]), state.layers[self.depth :]
+        call = (chunk_ends, x, replace(state, layers=tuple(layer_states)), document_starts)
         if self.memory_tokens is not None:
             hidden, layers, losses = forward_with_memory_tokens(
                 run_layers, self._layers(), self.memory_tokens, self.write_tokens, *call
@@ -285,11 +289,13 @@ class MemoryTransformer(PretrainedModel):
         elif chunk_ends:
             hidden, layers, losses = forward_in_chunks(run_layers, *call)
         else:
-            hidden, layers, losses = run_layers(x, state.layers[: self.depth], segment)
+            inputs = [x]
+            del state, call, x  # The embeddings and fresh states are freed as layers read them.
+            hidden, layers, losses = self._run_layers(inputs.pop(), layer_states, segment, return_hidden_states)
         x = self.norm(hidden[-1])
         copy_view = None
         if self.output_memory is not None:
-            copy_view = self.output_memory.read(state.layers[-1][0], x, tokens, segment)
+            copy_view = self.output_memory.read(output_states[0][0], x, tokens, segment)
             layers = (*layers, (copy_view.next_state,))
             copy_view = None if self.output_memory.is_hidden else copy_view
         logits = loss = language_loss = nll = None
@@ -322,17 +328,21 @@ class MemoryTransformer(PretrainedModel):
         return x if self.absolute_positions is None else x + self.absolute_positions(position)
 
     def _run_layers(
-        self, x: Tensor, states: LayerStates, segment: Segment, keep_hidden_states: bool
+        self, x: Tensor, states: Sequence[tuple[Any, ...]], segment: Segment, keep_hidden_states: bool
     ) -> tuple[list[Tensor], LayerStates, Losses]:
-        """Return hidden states, next states and losses; only the last hidden state unless all are kept."""
+        """Return hidden states, next states and losses; only the last hidden state unless all are kept.
+
+        A list of states is emptied.
+        """
         hidden, next_states = [x], []
+        remaining = states if isinstance(states, list) else list(states)
         losses: dict[str, list[Tensor]] = {}
-        for block, layer_state in zip(self._layers(), states, strict=True):
+        for block in self._layers():
             if self.activation_checkpointing and torch.is_grad_enabled():
-                call = (block, x, layer_state, segment)
+                call = (block, x, remaining.pop(0), segment)
                 x, layer_state, layer_losses = checkpoint(run_recomputed, *call, use_reentrant=False)
             else:
-                x, layer_state, layer_losses = block(x, layer_state, segment)
+                x, layer_state, layer_losses = block(x, remaining.pop(0), segment)
             next_states.append(layer_state)
             for name, value in layer_losses.items():
                 losses.setdefault(name, []).append(value)

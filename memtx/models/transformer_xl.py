@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +125,7 @@ class TransformerXL(MemoryTransformer):
                     nn.init.zeros_(parameter)
 
     def _run_layers(
-        self, x: Tensor, states: LayerStates, segment: Segment, keep_hidden_states: bool
+        self, x: Tensor, states: Sequence[tuple[Any, ...]], segment: Segment, keep_hidden_states: bool
     ) -> tuple[list[Tensor], LayerStates, Losses]:
         """Return hidden states, next states and losses; the layers share the embeddings of the distances."""
         num_keys = states[0][0].hidden.shape[1] + segment.length

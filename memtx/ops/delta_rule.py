@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memtx.ops import fla
 from memtx.ops.cpu import delta_rule as cpu_delta_rule
 
 CHUNK_SIZE = 32
@@ -22,7 +23,7 @@ CHUNK_SIZE = 32
 
 def gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor, document_starts: Tensor,
-    *, delta_rule: bool = True,
+    *, delta_rule: bool = True, compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Write and read all tokens in order, with the fastest implementation for the device and dtype.
 
@@ -36,6 +37,8 @@ def gated_delta_rule(
         state: ``(batch, heads, key_dim, value_dim)``, the matrix before the first token.
         document_starts: ``(batch, length)`` bool, True for the first token of a document.
         delta_rule: If True, remove the value stored under a key before writing.
+        compute_dtype: Dtype that products may be rounded to on CUDA, where :mod:`memtx.ops.fla` then computes them.
+            Defaults to that of the inputs.
 
     Returns:
         ``(batch, heads, length, value_dim)``, each token's read after its own write, and the final matrix. Both have
@@ -45,6 +48,8 @@ def gated_delta_rule(
     if q.device.type == "cpu" and dtypes == {torch.float32} and cpu_delta_rule.is_available():
         inputs = (q, k, v, beta, log_decay, state, document_starts)
         return cpu_delta_rule.recurrent_gated_delta_rule(*inputs, delta_rule=delta_rule)
+    if delta_rule and fla.is_supported(q, log_decay, compute_dtype or q.dtype):
+        return fla.fla_gated_delta_rule(q, k, v, beta, log_decay, state, document_starts, compute_dtype or q.dtype)
     ratio = v.shape[1] // q.shape[1]
     q, k = q.repeat_interleave(ratio, dim=1), k.repeat_interleave(ratio, dim=1)
     return chunk_gated_delta_rule(q, k, v, beta, log_decay, state, document_starts, delta_rule=delta_rule)

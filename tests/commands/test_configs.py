@@ -109,6 +109,24 @@ def test_without_data_the_error_says_where_to_get_it(program: Program, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
+def test_windows_by_depth_are_one_setting(program: Program, tmp_path: Path) -> None:
+    compressed = "{class_path: memtx.CompressedMemory, init_args: {num_entries: 4, entry_bias: -3.0}}"
+    result = program(
+        "fit", "--config", str(HOME / "configs" / "quickstart.yaml"), "--run_dir", "run", "--trainer.max_steps=1",
+        "--trainer.limit_val_batches=1", "--data.cache_dir", "cache", "--model.model.init_args.dim=16",
+        "--model.model.init_args.depth=3", "--model.model.init_args.heads=2", "--model.model.init_args.memories="
+        "{class_path: memtx.GrowingWindows, init_args: {window: 16, min_window: 4, memories: [" + compressed + "]}}",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    (path,) = (tmp_path / "run" / "checkpoints").glob("last.ckpt")
+    model = MemoryTransformer.from_pretrained(str(path))
+    memories = [block.attention.memory for block in model.blocks]
+    assert [(type(memory).__name__, memory.window) for memory in memories] == [
+        ("RecurrentMemory", 4), ("RecurrentMemory", 8), ("CompressedMemory", 16)
+    ]  # fmt: skip
+
+
 def write_published(folder_parent: Path) -> tuple[Path, Path]:
     """Write a Hugging Face folder and a text; return both."""
     tokenizer = BytePairTokenizer(vocab_size=300)
