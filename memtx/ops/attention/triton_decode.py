@@ -119,9 +119,9 @@ def _merge_parts(parts, lse, out, num_splits, HEAD_DIM: tl.constexpr, D: tl.cons
     tl.store(out + row * HEAD_DIM + dim, merged.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
 
 
-def choose_num_splits(rows: int, num_slots: int) -> int:
-    """Return the number of parts of each of ``rows`` heads of streams: enough to fill a GPU, a step or more each."""
-    return max(1, min(MIN_PROGRAMS // rows, -(-num_slots // SLOTS_PER_STEP), 64))
+def choose_num_splits(num_heads: int, num_slots: int) -> int:
+    """Return the number of parts of each of ``num_heads`` heads of all streams: enough to fill a GPU."""
+    return max(1, min(MIN_PROGRAMS // num_heads, -(-num_slots // SLOTS_PER_STEP), 64))
 
 
 @torch.library.custom_op("memtx::attend_ring", mutates_args=("hidden", "key_value"))
