@@ -59,11 +59,13 @@ def test_swiglu_matches(length: int, width: int, seed: int) -> None:
     check(elementwise.swiglu, reference, gate_up)
 
 
-@given(st.integers(1, 5), st.integers(1, 40), st.booleans(), st.integers(0, 9))
+@given(st.integers(1, 5), st.integers(2, 40), st.booleans(), st.integers(0, 9))
 @settings(max_examples=30, deadline=None)
 def test_rms_norm_matches_also_for_parts_of_heads(length: int, width: int, is_part: bool, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
+    # The gradient of the norm of a single number, or of tiny ones, is a difference of nearly equal numbers.
     x = torch.randn(2, length, 3, 2 * width, generator=generator)
+    x = x + x.sign()
     weight = torch.randn(width, generator=generator)
 
     def select(x: Tensor) -> Tensor:
