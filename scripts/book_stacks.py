@@ -23,6 +23,7 @@ class Stack:
         hidden_dim: Width of the feed-forward parts.
         options: Further arguments of the model.
         data_seed: Seed of the order of books. None means that of the run.
+        gate_lr_multiplier: Factor of the learning rate of gates and log-weights.
     """
 
     title: str
@@ -31,6 +32,7 @@ class Stack:
     hidden_dim: int = 384
     options: Config = field(default_factory=dict)
     data_seed: int | None = None
+    gate_lr_multiplier: float = 1.0
 
     def model_config(self) -> Config:
         """Return the config of the model."""
@@ -77,9 +79,20 @@ def _with_entry_bias(stack: Stack) -> Stack:
 
 
 _BASES |= {f"{name}+bias": _with_entry_bias(_BASES[name]) for name in list(_BASES)[2:]}
+
+
+def _with_copy(name: str) -> Stack:
+    """Return a stack with a copy memory."""
+    return replace(_BASES[name], title=f"{_BASES[name].title}; copy", options=_COPY)
+
+
 STACKS: dict[str, Stack] = {
     **_BASES,
-    **{f"{name}+copy": replace(stack, title=f"{stack.title}; copy", options=_COPY) for name, stack in _BASES.items()},
+    **{f"{name}+copy": _with_copy(name) for name in _BASES},
+    **{
+        f"{name}+rate": replace(stack, title=f"{stack.title}; gates 10 x rate", gate_lr_multiplier=10.0)
+        for name, stack in (("windows+copy", _with_copy("windows")), ("compressed+bias", _BASES["compressed+bias"]))
+    },
     "wide": replace(_BASES[UNIFORM], title="window 64, wider feed-forward", hidden_dim=448),
     "weights": replace(_BASES[UNIFORM], title="window 64, seed 0's books", data_seed=0),
     # A GatedDeltaNet has 19,000 parameters more than attention, the transformers wider feed-forward parts instead.

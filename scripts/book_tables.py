@@ -79,12 +79,13 @@ def clear(runs: Runs, name: str, reading: str) -> Array | None:
 
 
 def format_interval(differences: Array | None, base: float = 0.0) -> str:
-    """Format differences as mean and 95% interval, with a percentage of ``base`` if there is one."""
+    """Format differences: mean, 95% interval over several seeds, and percentage of ``base`` unless it is 0."""
     if differences is None:
         return ""
     mean, low, high = bootstrap_interval(differences)
     percent = f", {100 * mean / base:+.1f}%" if base else ""
-    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]{percent}"
+    # Books alone would make an interval that is too short.
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]{percent}" if len(differences) > 1 else f"{mean:+.4f}{percent}"
 
 
 def base_name(name: str) -> str:
@@ -92,9 +93,10 @@ def base_name(name: str) -> str:
     return UNIFORM if STACKS[name].depth == STACKS[UNIFORM].depth else f"{UNIFORM}-{STACKS[name].depth}"
 
 
-def mean_bits(runs: Runs, name: str, reading: str = TRAINED) -> float:
-    """Return the mean bits per byte over seeds and books."""
-    return float(np.mean([bits_per_byte(run, reading) for run in runs[name].values()]))
+def mean_bits(runs: Runs, name: str, reading: str = TRAINED, seeds: Sequence[int] | None = None) -> float:
+    """Return the mean bits per byte over books and seeds, those of ``seeds`` that there are or all."""
+    chosen = [run for seed, run in runs[name].items() if seeds is None or seed in seeds]
+    return float(np.mean([bits_per_byte(run, reading) for run in chosen]))
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -116,8 +118,9 @@ def format_stacks(runs: Runs) -> list[str]:
         cells += [", ".join(f"{value:.4f}" for value in bits), f"{statistics.mean(bits):.4f}", error]
         cells.append(f"{statistics.mean(map(total_seconds, by_seed.values())):.0f}")
         for base in (base_name(name), WINDOWS):
-            is_comparable = base in runs and STACKS[base].depth == STACKS[name].depth
-            cells.append(format_interval(pair(runs, name, base), mean_bits(runs, base)) if is_comparable else "")
+            differences = pair(runs, name, base) if STACKS[base].depth == STACKS[name].depth else None
+            base_bits = 0.0 if differences is None else mean_bits(runs, base, seeds=list(by_seed))
+            cells.append(format_interval(differences, base_bits))
         rows.append(cells)
     return format_table([*header, "against the uniform window", "against the windows alone"], rows)
 
@@ -148,10 +151,9 @@ def format_entries(runs: Runs) -> list[str]:
 
 
 def format_classes(runs: Runs) -> list[str]:
-    """Format paired differences in bits per token by position and by kind of token."""
-    columns = [(axis, index) for axis, size in enumerate(CELLS) for index in range(size)]
+    """Format paired differences in bits per token by position and by kind of the pair with the previous token."""
+    columns = [(axis, index) for axis, size in enumerate(CELLS[:2]) for index in range(size)]
     ranges = [*(f"{start:,}-{end:,}" for start, end in itertools.pairwise(POSITIONS)), f"{POSITIONS[-1]:,}-"]
-    kinds = [f"{unit} {kind}" for unit in ("pair", "token") for kind in KINDS]
     rows = []
     for name, by_seed in runs.items():
         baseline = runs.get(base_name(name), {})
@@ -170,7 +172,7 @@ def format_classes(runs: Runs) -> list[str]:
                 ]
                 means = np.mean(differences, axis=(0, 2))
                 rows.append([STACKS[name].title, base, *(f"{mean:+.3f}" for mean in means)])
-    return format_table(["bits per token of", "against", *ranges, *kinds], rows)
+    return format_table(["bits per token of", "against", *ranges, *KINDS], rows)
 
 
 def total_seconds(run: dict[str, Any]) -> float:
@@ -186,13 +188,14 @@ def _curve(run: dict[str, Any]) -> dict[int, Array]:
 
 def format_curve(runs: Runs) -> list[str]:
     """Format mean bits per byte along training, and of the mean of the last weights."""
+    curves = {name: [_curve(run) for run in by_seed.values()] for name, by_seed in runs.items()}
+    steps = sorted(set.intersection(*(set(curve) for by_seed in curves.values() for curve in by_seed))) if runs else []
     rows = []
-    for name, by_seed in runs.items():
-        curves = [_curve(run) for run in by_seed.values()]
-        cells = [f"{np.mean([curve[step] for curve in curves]):.4f}" for step in curves[0]]
-        has_average = all("averaged" in run["readings"] for run in by_seed.values())
-        rows.append([STACKS[name].title, *cells, f"{mean_bits(runs, name, 'averaged'):.4f}" if has_average else ""])
-    steps = list(_curve(next(iter(next(iter(runs.values())).values())))) if runs else []
+    for name, by_seed in curves.items():
+        cells = [f"{np.mean([curve[step] for curve in by_seed]):.4f}" for step in steps]
+        has_average = all("averaged" in run["readings"] for run in runs[name].values())
+        cells.append(f"{mean_bits(runs, name, 'averaged'):.4f}" if has_average else "")
+        rows.append([STACKS[name].title, *cells])
     return format_table(["steps", *(f"{step:,}" for step in steps), "weights averaged"], rows)
 
 
@@ -225,24 +228,25 @@ TABLES = (format_stacks, format_sources, format_entries, format_classes, format_
 
 
 def plot_differences(runs: Runs, path: Path) -> None:
-    """Plot the paired differences with their intervals: against the baselines, and of the same weights."""
-    panels: dict[str, dict[str, tuple[float, float, float]]] = {}
+    """Plot paired differences over several seeds: against the baselines, and of the same weights."""
+    panels: dict[str, dict[str, Array | None]] = {}
     for base in (UNIFORM, WINDOWS):
-        pairs = {STACKS[name].title: pair(runs, name, base) for name in runs if base_name(name) == UNIFORM != name}
-        panels[f"against {STACKS[base].title}"] = {
-            title: bootstrap_interval(differences) for title, differences in pairs.items() if differences is not None
-        }
-    cleared = {
+        names = [name for name in runs if base_name(name) == UNIFORM != name]
+        panels[f"against {STACKS[base].title}"] = {STACKS[name].title: pair(runs, name, base) for name in names}
+    panels["against the same weights, one source cleared"] = {
         f"{STACKS[name].title} ({reading})": clear(runs, name, reading)
         for name, by_seed in runs.items()
         for reading in next(iter(by_seed.values()))["readings"]
         if reading.startswith("without ")
     }
-    panels["against the same weights, one source cleared"] = {
-        title: bootstrap_interval(differences) for title, differences in cleared.items() if differences is not None
+    intervals = {
+        title: {
+            name: bootstrap_interval(differences)
+            for name, differences in rows.items()
+            if differences is not None and len(differences) > 1
+        }
+        for title, rows in panels.items()
     }
-    panels = {title: rows for title, rows in panels.items() if rows}
-    if panels:
-        plots.plot_intervals(
-            path, panels, title="Paired differences on pg19-mini's validation books", unit="bits per byte"
-        )
+    if intervals := {title: rows for title, rows in intervals.items() if rows}:
+        title = "Paired differences on the validation books"
+        plots.plot_intervals(path, intervals, title=title, unit="bits per byte")

@@ -33,7 +33,7 @@ from memtx import files
 
 TOKENIZERS = {"bytes": 0, "bpe-2048": 2048, "bpe-8192": 8192}
 NUM_CHECKPOINTS = 20
-CURVE = (0.1, 0.25, 0.5, 0.75, 0.9)
+CURVE = (0.1, 0.25, 0.5, 0.75)
 """Fractions of the steps at which a run is read, besides the end."""
 
 
@@ -47,6 +47,7 @@ def write_config(path: Path, stack: Stack, arguments: argparse.Namespace) -> Non
     if stack.data_seed is not None:
         config["data"]["seed"] = stack.data_seed
     config["model"] |= {"model": stack.model_config(), "measure_memory_gain": False}
+    config["model"]["gate_lr_multiplier"] = stack.gate_lr_multiplier
     config["model"]["scheduler"]["init_args"] = {"warmup_steps": min(50, arguments.steps // 4)}
     config["trainer"] |= {
         "max_steps": arguments.steps, "limit_val_batches": 0, "log_every_n_steps": checkpoint_interval(arguments.steps),

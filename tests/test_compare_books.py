@@ -49,6 +49,31 @@ def test_interval_of_a_paired_difference_covers_seeds_and_books(scripts: Any) ->
     assert noisy[1] < noisy[0] < noisy[2] < 0
 
 
+def test_tables_and_picture_pair_runs_of_one_seed(scripts: Any, tmp_path: Path) -> None:
+    reading, tables = scripts
+    num_cells = int(np.prod(reading.CELLS))
+
+    def run(nats: float, *names: str) -> dict[str, Any]:
+        readings = {name: [[nats + index] * num_cells] * 2 for index, name in enumerate(("trained", "step 2", *names))}
+        tokens, seconds = [[1] * num_cells] * 2, {"2": 10.0, "4": 20.0}
+        return {
+            "steps": 4, "parameters": 1000, "state_bytes": 10, "bytes": [100, 100], "tokens": tokens,
+            "seconds": seconds, "readings": readings,
+        }  # fmt: skip
+
+    runs = {
+        "uniform": {0: run(2.0), 1: run(3.0)},
+        "windows+copy": {0: run(1.0, "without copy", "copy 384", "copy 1536"), 1: run(2.0, "without copy")},
+    }
+    difference = -num_cells / 100 / np.log(2)
+    assert tables.pair(runs, "windows+copy", "uniform") == pytest.approx(np.full((2, 2), difference))
+    lines = [line for format_table in tables.TABLES for line in format_table(runs)]
+    assert f"{difference:+.4f} [{difference:+.4f}, {difference:+.4f}], -40.0%" in "".join(lines)
+    assert any(line.startswith("| windows 16, 32, 64; copy | without copy |") for line in lines)
+    tables.plot_differences(runs, tmp_path / "books.png")
+    assert (tmp_path / "books.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 def test_stacks_are_compared_and_read_without_their_sources(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
@@ -67,8 +92,8 @@ def test_stacks_are_compared_and_read_without_their_sources(tmp_path: Path) -> N
         assert process.returncode == 0, process.stderr
         return json.loads(process.stdout)["runs"]
 
-    picture, table = tmp_path / "books.png", tmp_path / "books.md"
-    runs = compare("--rows", "uniform", "compressed+copy", "--seeds", "0", "--plot", picture, "--markdown", table)
+    table = tmp_path / "books.md"
+    runs = compare("--rows", "uniform", "compressed+copy", "--seeds", "0", "--markdown", table)
     uniform, copy = runs["uniform"]["0"], runs["compressed+copy"]["0"]
     assert set(uniform["readings"]) == {"trained", "averaged", *(f"step {step}" for step in range(1, 5))}
     assert {"without bank", "without copy", "windows alone", "copy 384"} <= set(copy["readings"])
@@ -83,6 +108,5 @@ def test_stacks_are_compared_and_read_without_their_sources(tmp_path: Path) -> N
     assert copy["state_bytes"] > uniform["state_bytes"]
     assert copy["readings"]["trained"] != copy["readings"]["without copy"] != copy["readings"]["windows alone"]
     assert "| 16, 32, compressed 4:1; copy | without copy |" in table.read_text()
-    assert picture.read_bytes().startswith(b"\x89PNG")
     # Nothing is measured twice.
     assert compare("--rows", "uniform", "--seeds", "0") == runs
