@@ -200,7 +200,8 @@ class CopyMemory(nn.Module):
         keys, tokens = _resize(state, self.num_entries)
         position = _slot_positions(past_length - 1, self.num_entries)
         index = position - (past_length[:, None] - self.num_entries)
-        next_tokens = F.pad(tokens, (0, 1)).gather(1, index + 1)
+        # The newest slot, whose next token is unknown, holds the token of the oldest position.
+        next_tokens = torch.cat([tokens, tokens[:, :1]], dim=1).gather(1, index + 1)
         is_missing = (tokens.gather(1, index) == 0) & (position >= 0)
         return DecodeBuffers((gather_entries(keys, index), next_tokens.masked_fill(is_missing, 0)))
 
