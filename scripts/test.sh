@@ -4,7 +4,7 @@
 # without. The output ends with the skipped tests by reason.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash scripts/setup.sh dev
+bash scripts/setup.sh dev,gpu-tests
 marks="not slow"
 if [ "${1:-}" = "--slow" ]; then
   marks=""

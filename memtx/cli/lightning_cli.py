@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -76,6 +76,10 @@ class MemtxCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of the run folder and the checkpoints, and link the options that follow from the data."""
         parser.add_argument("--run_dir", type=str, default=DEFAULT_RUN_DIR, help="Folder of the run.")
+        parser.add_argument(
+            "--float32_matmul_precision", type=Literal["highest", "high", "medium"], default="high",
+            help="Precision of float32 products on a GPU: 'highest' keeps 24 bits, 'high' rounds factors to TF32.",
+        )  # fmt: skip
         parser.add_argument("--traceback", action="store_true", help="Also print the traceback of an error.")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         if not self.subclass_mode_data:
@@ -212,6 +216,8 @@ class MemtxCLI(LightningCLI):
         kwargs.setdefault("default_root_dir", config.run_dir)
         # Not in the config, which must start the same run on another machine.
         kwargs |= get_launcher_kwargs(os.environ)
+        if torch.cuda.is_available():
+            torch.set_float32_matmul_precision(config.float32_matmul_precision)
         precision = choose_precision(str(trainer.precision), str(trainer.accelerator))
         if precision != str(trainer.precision):
             kwargs["precision"] = precision

@@ -61,6 +61,7 @@ class Decoder:
         self._torch_compile = torch_compile
         self._step_fns: dict[tuple[frozenset[RingLayout], int], Callable[[Tensor], Tensor]] = {}
         is_cuda = state.position.device.type == "cuda"
+        self._graph_pool: Any = None  # one pool of memory for all captured steps
         self._use_cuda_graph = is_cuda and not torch_compile if use_cuda_graph is None else use_cuda_graph
         if self._use_cuda_graph and not is_cuda:
             device = state.position.device
@@ -125,8 +126,9 @@ class Decoder:
         position = self._position.new_zeros(capacity)
         position[: self.batch_size] = self._position[: self.batch_size]
         self._position, self._capacity = position, capacity
-        # Captured steps write into the old buffers.
+        # Captured steps write into the old buffers; their pool is freed with them.
         self._step_fns.clear()
+        self._graph_pool = None
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
@@ -173,26 +175,30 @@ class Decoder:
             backend = "inductor" if self._torch_compile is True else self._torch_compile
             compiled: Callable[[Tensor], Tensor] = torch.compile(step_fn, backend=backend, dynamic=False)
             return compiled
-        buffers = [position, *(buffer for ring in rings for buffer in ring.buffers)]
-        return _capture_graph(step_fn, tokens, buffers) if self._use_cuda_graph else step_fn
+        if not self._use_cuda_graph:
+            return step_fn
+        self._graph_pool = self._graph_pool or torch.cuda.graph_pool_handle()
+        return _capture_graph(step_fn, tokens, position, rings, self._graph_pool)
 
 
 def _capture_graph(
-    step_fn: Callable[[Tensor], Tensor], tokens: Tensor, buffers: list[Tensor]
+    step_fn: Callable[[Tensor], Tensor], tokens: Tensor, position: Tensor, rings: Sequence[DecodeBuffers], pool: Any
 ) -> Callable[[Tensor], Tensor]:
-    """Capture a step as a CUDA graph; the buffers that the warmup overwrites are restored."""
-    saved = [buffer.clone() for buffer in buffers]
+    """Capture a step as a CUDA graph; the slots that the warmup overwrites are restored."""
+    start, restores = position.clone(), [ring.snapshot(position) for ring in rings]
     static_tokens, graph = tokens.clone(), torch.cuda.CUDAGraph()
     side_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side_stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side_stream):
         for _ in range(3):  # Required by CUDA before a capture.
             step_fn(static_tokens)
+            position.copy_(start)
+        for restore in restores:
+            restore()
     torch.cuda.current_stream().wait_stream(side_stream)
-    with torch.cuda.graph(graph):
+    # In a server, other threads allocate meanwhile: only this thread's calls may not.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         logits = step_fn(static_tokens)
-    for buffer, content in zip(buffers, saved, strict=True):
-        buffer.copy_(content)
 
     def replay(tokens: Tensor) -> Tensor:
         static_tokens.copy_(tokens)

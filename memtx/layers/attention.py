@@ -18,7 +18,7 @@ from memtx.layers.positions.base import Memoize, Positions
 from memtx.memory.base import LayerActivations, Losses, Memory, Readout, ReadoutMemory, View
 from memtx.memory.kv_ring import DecodeStep, KVRing, RingDecodable, from_ring, to_ring
 from memtx.ops.attention.bias import ScoreBias, append_key_bias, split_bias
-from memtx.ops.attention.dispatch import AttentionBackend, segment_attention
+from memtx.ops.attention.dispatch import AttentionBackend, has_decode_kernel, segment_attention
 from memtx.ops.attention.mask import BankSplit, Visibility, split_bank
 from memtx.ops.cpu.linear import Linear, linear
 from memtx.segment import Segment
@@ -179,7 +179,7 @@ class MemoryAttention(nn.Module):
         """
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         is_hidden = self.memory.is_hidden
-        if self.memory.has_bank and (self.gate is not None or self.entry_bias is not None or is_hidden):
+        if self._splits_bank:
             split = bank_split()
             (bank_k, k), (bank_v, v), (bank_bias, bias) = split.split(k), split.split(v), split_bias(bias, split)
             visibility = split.exact
@@ -191,6 +191,12 @@ class MemoryAttention(nn.Module):
         return_lse = any(readout.lse is not None for readout in readouts)
         out, lse = self._attend(q, k, v, visibility, bias, return_lse=return_lse)
         return combine_readouts(out, lse, readouts)
+
+    @property
+    def _splits_bank(self) -> bool:
+        """If True, what lies beyond the exact window is attended to apart."""
+        has_weight = self.gate is not None or self.entry_bias is not None
+        return self.memory.has_bank and (has_weight or self.memory.is_hidden)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, *, return_lse: bool
@@ -222,7 +228,7 @@ class MemoryAttention(nn.Module):
         q, gate = projected.chunk(2, dim=-1) if self.output_gate else (projected, None)
         if gate is not None and not torch.is_grad_enabled():
             gate = gate.contiguous()  # which frees the projection
-        q = self.query_norm(q)
+        q = self.query_norm(q).to(projected.dtype)  # CUDA's autocast normalizes in float32
         return (q if self.query_scale == 1.0 else q * self.query_scale), gate
 
     def _apply_output_gate(self, attended: Tensor, gate: Tensor | None) -> Tensor:
@@ -236,7 +242,7 @@ class MemoryAttention(nn.Module):
     def _split_keys_values(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys without positions and values, each ``(batch, entries, kv_heads, head_dim)``."""
         k, v = projected.view(*projected.shape[:-1], 2, self.kv_heads, self.head_dim).unbind(-3)
-        return self.key_norm(k), v
+        return self.key_norm(k).to(v.dtype), v
 
     def _positioned_keys_values(self, x: Tensor, position: Tensor, memo: Memoize) -> Tensor:
         """Return the keys with positions and the values of x ``(batch, entries, dim)``, stacked in dimension -3."""
@@ -270,8 +276,15 @@ class MemoryAttention(nn.Module):
         position = step.memo("position", lambda: step.position[:, None].double())
         # Read before the token is written: its slot holds the oldest state of the evicted block.
         block = ring.hidden[stream[:, None], plan.block_slots] if plan.block_slots is not None else None
-        ring.hidden[stream, plan.slot] = x.to(ring.hidden.dtype)
-        ring.key_value[stream, plan.slot] = self._positioned_keys_values(x[:, None], position, step.memo)[:, 0]
+        q, gate = self._project_queries(x[:, None])
+        k, v = self._split_keys_values(self.key_value(x[:, None]))
+        is_plain = self.positions.is_rotation and not self._splits_bank
+        has_kernel = is_plain and has_decode_kernel(q, self.backend)
+        if not has_kernel or block is not None:
+            ring.hidden[stream, plan.slot] = x.to(ring.hidden.dtype)
+        if not has_kernel:
+            key_value = torch.stack([self.positions.apply_absolute(k, position, step.memo), v], dim=-3)
+            ring.key_value[stream, plan.slot] = key_value[:, 0]
         if block is not None:
             recent = ring.hidden[stream[:, None], plan.recent_slots]
             entry = cast("RingDecodable", self.memory).compress_block(block.to(x.dtype), recent.to(x.dtype), self)
@@ -281,7 +294,15 @@ class MemoryAttention(nn.Module):
                 evicts = plan.evicts_block.view(-1, *(1,) * (update.dim() - 1))
                 current = buffer[stream, plan.bank_slot]
                 buffer[stream, plan.bank_slot] = torch.where(evicts, update.to(buffer.dtype), current)
-        q, gate = self._project_queries(x[:, None])
+        if has_kernel:
+            from memtx.ops.attention.triton_decode import attend_ring
+
+            rotation = self.positions.rotation(position, step.memo)
+            attended = attend_ring(
+                q[:, 0], k[:, 0], v[:, 0], None if rotation is None else rotation[:, 0, 0], x, *ring.buffers, plan.slot,
+                plan.visible, self.head_dim**-0.5,
+            )  # fmt: skip
+            return self.out(self._apply_output_gate(attended.flatten(1), gate))
         q = self.positions.apply_absolute(q, position, step.memo)
         k, v = ring.key_value.unbind(2)
         bias = self.positions.score_bias(plan.offset, plan.visibility.memo)
@@ -305,10 +326,10 @@ class MemoryAttention(nn.Module):
             out = out if is_query else out.chunk(2, dim=-1)[half]
         if is_query:
             out = out.view(*out.shape[:-1], self.heads, -1)[..., : self.head_dim]
-            out = _apply_module(self.query_norm, out, frozen)
+            out = _apply_module(self.query_norm, out, frozen).to(out.dtype)
             return out if self.query_scale == 1.0 else out * self.query_scale
         out = out.view(*out.shape[:-1], -1, self.head_dim)
-        out = _apply_module(self.key_norm, out, frozen) if projection == "key" else out
+        out = _apply_module(self.key_norm, out, frozen).to(out.dtype) if projection == "key" else out
         return out.repeat_interleave(self.heads // self.kv_heads, dim=-2)
 
     def apply_relative(self, keys: Tensor, distance: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from memtx.layers.attention import MemoryAttention
@@ -72,6 +74,15 @@ class Block(nn.Module):
         x = x + self.attention_post_norm(self.attention.step(self.attention_norm(x), ring, step))
         out: Tensor = x + self.feed_forward_post_norm(self.feed_forward(self.feed_forward_norm(x)))
         return out
+
+
+def run_recomputed(
+    block: Block, x: Tensor, state: tuple[Any, ...], segment: Segment
+) -> tuple[Tensor, tuple[Any, ...], Losses]:
+    """Return ``block(x, state, segment)``; compiled, with a cache of its own, since it may not write the segment's."""
+    segment = replace(segment, _values={}) if torch.compiler.is_compiling() else segment
+    out: tuple[Tensor, tuple[Any, ...], Losses] = block(x, state, segment)
+    return out
 
 
 class EncoderBlock(nn.Module):

@@ -7,6 +7,7 @@ entries. Visibility is the same, so a ring can be opened from a state and closed
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -121,6 +122,16 @@ class DecodeBuffers:
         for target, update in zip(self.buffers, source.buffers, strict=True):
             target[index : index + update.shape[0]] = update
 
+    def snapshot(self, position: Tensor) -> Callable[[], None]:
+        """Return a function that undoes what steps at ``position`` ``(batch,)`` write: here, all contents are saved."""
+        saved = [buffer.clone() for buffer in self.buffers]
+
+        def restore() -> None:
+            for buffer, content in zip(self.buffers, saved, strict=True):
+                buffer.copy_(content)
+
+        return restore
+
     def compact(self, sources: Tensor, targets: Tensor) -> None:
         """Overwrite the streams ``targets`` ``(n,)`` with the streams ``sources`` ``(n,)``, all at once."""
         for buffer in self.buffers:
@@ -136,6 +147,19 @@ class KVRing(DecodeBuffers):
     """
 
     layout: RingLayout
+
+    def snapshot(self, position: Tensor) -> Callable[[], None]:
+        """Return a function that undoes what steps at ``position`` ``(batch,)`` write: at most two slots per stream."""
+        plan = DecodeStep(position, frozenset()).plan(self.layout)
+        stream = torch.arange(position.shape[0], device=position.device)
+        index = stream[:, None], torch.stack([plan.slot, plan.bank_slot], dim=1)
+        saved = [buffer[index] for buffer in self.buffers]
+
+        def restore() -> None:
+            for buffer, content in zip(self.buffers, saved, strict=True):
+                buffer[index] = content
+
+        return restore
 
     @property
     def hidden(self) -> Tensor:
@@ -154,6 +178,7 @@ class DecodePlan:
 
     Attributes:
         slot: Exact slot to write, ``(batch,)`` int64.
+        visible: Slots that the token sees, ``(batch, slots)`` bool.
         visibility: Visibility of the slots for one query.
         offset: Offset of each slot's entry from the query, ``(batch, slots)`` float64.
         block_slots: Slots of the block that leaves the window, ``(batch, compression_rate)`` int64; None if no stream
@@ -166,6 +191,7 @@ class DecodePlan:
     """
 
     slot: Tensor
+    visible: Tensor
     visibility: Visibility
     offset: Tensor
     block_slots: Tensor | None
@@ -222,6 +248,7 @@ class DecodeStep(Memo):
         ranges = KeyRange(layout.num_entries), KeyRange(num_exact)
         return DecodePlan(
             slot=layout.num_entries + self.position % num_exact,
+            visible=visible,
             visibility=Visibility(visible_from, torch.ones_like(visible_from), 1, ranges),
             offset=offset,
             block_slots=block_slots,

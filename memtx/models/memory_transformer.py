@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from memtx.checkpoint.pretrained import PretrainedModel
 from memtx.errors import MemtxError, check_at_least, check_probability
 from memtx.layers.attention import MemoryAttention
-from memtx.layers.block import Block
+from memtx.layers.block import Block, run_recomputed
 from memtx.layers.feed_forward import SwiGLU, reset_linear
 from memtx.layers.lm_head import LinearHead, LMHead
 from memtx.layers.positions.rotary import Rotary
@@ -339,7 +339,8 @@ class MemoryTransformer(PretrainedModel):
         losses: dict[str, list[Tensor]] = {}
         for block in self._layers():
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, layer_state, layer_losses = checkpoint(block, x, remaining.pop(0), segment, use_reentrant=False)
+                call = (block, x, remaining.pop(0), segment)
+                x, layer_state, layer_losses = checkpoint(run_recomputed, *call, use_reentrant=False)
             else:
                 x, layer_state, layer_losses = block(x, remaining.pop(0), segment)
             next_states.append(layer_state)

@@ -16,8 +16,21 @@ from memtx.ops.cpu.linear import accumulate_weight_grad, linear
 IGNORE_INDEX = -100
 """Label of tokens that do not count."""
 
-MAX_CHUNK_LOGITS = 1 << 21
-"""Maximum number of logits per chunk: 8 MiB in float32, so that they stay in the cache."""
+MAX_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
+"""Maximum size of a chunk's logits in float32: on a CPU they stay in the cache, a GPU needs few large products."""
+
+TOKENS_MULTIPLE = 128
+"""Chunks of more tokens are a multiple of this, since products of other sizes waste a GPU's tiles."""
+
+
+def choose_chunk_size(vocab_size: int, device: str, max_chunk_logits: int | None = None) -> int:
+    """Return the number of tokens per chunk for a device type."""
+    if max_chunk_logits is not None:
+        return max(1, max_chunk_logits // vocab_size)
+    chunk_size = max(1, MAX_CHUNK_BYTES.get(device, MAX_CHUNK_BYTES["cuda"]) // (4 * vocab_size))
+    if device == "cpu" or chunk_size < TOKENS_MULTIPLE:
+        return chunk_size
+    return chunk_size // TOKENS_MULTIPLE * TOKENS_MULTIPLE
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -30,7 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         log_other: Tensor | None,
         labels: Tensor,
         needs_grad: bool,
-        max_chunk_logits: int,
+        max_chunk_logits: int | None,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         device = hidden_states.device.type
@@ -44,7 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = weight.new_zeros(weight.shape[::-1]) if needs_grad else None
         # The share of the head's own prediction in the probability of each label.
         posterior = torch.empty_like(nll) if log_share is not None else None
-        chunk_size = max(1, max_chunk_logits // weight.shape[0])
+        chunk_size = choose_chunk_size(weight.shape[0], device, max_chunk_logits)
         with torch.autocast(device, enabled=False):
             for start in range(0, hidden_states.shape[0], chunk_size):
                 chunk = slice(start, start + chunk_size)
@@ -70,6 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_hidden[chunk] = linear(grad_logits, cast_weight.T).masked_fill_(ignored[:, None], 0.0)
                 inputs = hidden_states[chunk].masked_fill(ignored[:, None], 0.0)
                 accumulate_weight_grad(grad_weight, inputs, grad_logits)
+                del logits, probs, grad_logits  # before the next chunk's
         other = None if posterior is None else (1.0 - posterior).masked_fill(labels == IGNORE_INDEX, 0.0)
         ctx.save_for_backward(grad_hidden, grad_weight, posterior, other)
         ctx.mark_non_differentiable(nll)
@@ -90,7 +104,7 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     log_shares: tuple[Tensor, Tensor] | None = None,
-    max_chunk_logits: int = MAX_CHUNK_LOGITS,
+    max_chunk_logits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the negative log-likelihood of the labels: the sum, with gradient, and ``(tokens,)``, without.
 
@@ -102,7 +116,7 @@ def linear_cross_entropy(
         labels: ``(tokens,)`` int64; -100 for tokens that do not count.
         log_shares: Log-weight of this prediction in a mixture, and log-probability that its other part adds to each
             label, both ``(tokens,)`` with gradient. None if there is no other part.
-        max_chunk_logits: Maximum number of logits held at a time.
+        max_chunk_logits: Maximum number of logits held at a time. Defaults to MAX_CHUNK_BYTES for the device.
     """
     needs_grad = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
     log_share, log_other = log_shares or (None, None)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from memtx import MemoryTransformer
 from memtx.errors import MemtxError
 from memtx.inference.decoder import Decoder
 from memtx.memory.compressed import CompressedMemory
+from memtx.memory.kv_ring import DecodeStep, KVRing, RingLayout
 from memtx.memory.none import NoMemory
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.models.transformer_xl import TransformerXL
@@ -181,3 +185,56 @@ def test_invalid_arguments_are_reported() -> None:
         Decoder(model, model.init_state(2)).select([0, 0])
     with pytest.raises(MemtxError, match=r"use_cuda_graph=True needs a GPU.* cpu"):
         Decoder(model, model.init_state(1), use_cuda_graph=True)
+
+
+@pytest.mark.parametrize("num_entries", [0, 4])
+def test_captures_share_a_pool_and_restore_the_rings(num_entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU in name, where nothing runs during a capture: the warmup leaves no trace."""
+    torch.manual_seed(0)
+    memory = partial(CompressedMemory, window=24, compression_rate=4, num_entries=num_entries)
+    model = MemoryTransformer(20, dim=8, depth=2, heads=2, memories=[memory])
+    tokens = torch.randint(0, 20, (2, 50))
+    with torch.inference_mode():
+        decoder = Decoder(model, model(tokens).state)
+    decoder._use_cuda_graph = True
+    buffers = [decoder._position, *(buffer for ring in decoder._rings for buffer in ring.buffers)]
+    captures: list[tuple[object, str]] = []
+
+    @contextlib.contextmanager
+    def capture(graph: object, pool: object, capture_error_mode: str) -> Iterator[None]:
+        captures.append((pool, capture_error_mode))
+        saved = [buffer.clone() for buffer in buffers]
+        yield
+        for buffer, content in zip(buffers, saved, strict=True):
+            buffer.copy_(content)
+
+    for name in ("CUDAGraph", "Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    expected = [buffer.clone() for buffer in buffers]
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    with torch.inference_mode():
+        for layouts in (frozenset(), frozenset(decoder._layouts)):
+            decoder._build_step(layouts, tokens[:, 0])
+    for buffer, content in zip(buffers, expected, strict=True):
+        assert torch.equal(buffer, content)
+    assert [mode for _, mode in captures] == ["thread_local"] * 2
+    assert captures[0][0] is captures[1][0]
+
+
+def test_a_snapshot_of_a_ring_is_two_slots_of_each_stream() -> None:
+    layout = RingLayout(window=24, compression_rate=4, num_entries=6, cache_length=27)
+    position, buffers = torch.tensor([30, 7, 51]), (torch.randn(3, 33, 4), torch.randn(3, 33, 2, 1, 4))
+    expected = [buffer.clone() for buffer in buffers]
+    restore = KVRing(buffers, layout=layout).snapshot(position)
+    changed = [cell.cell_contents for cell in restore.__closure__ or ()]
+    saved = next(content for content in changed if isinstance(content, list))
+    assert [tensor.shape[:2] for tensor in saved] == [(3, 2)] * 2
+    plan = DecodeStep(position, frozenset([layout])).plan(layout)
+    for buffer in buffers:
+        buffer[torch.arange(3), plan.slot] = 0.0
+        buffer[torch.arange(3), plan.bank_slot] = 0.0
+    restore()
+    for buffer, content in zip(buffers, expected, strict=True):
+        assert torch.equal(buffer, content)

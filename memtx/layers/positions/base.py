@@ -7,7 +7,7 @@ stream is. A compressed entry is at the center of its block.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,12 @@ class Positions(nn.Module):
     Args:
         heads: Number of query heads.
         head_dim: Width of a head.
+
+    Attributes:
+        is_rotation: If True, :meth:`rotation` is all that it does, so that a kernel may do it.
     """
+
+    is_rotation: ClassVar[bool] = False
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -55,6 +60,10 @@ class Positions(nn.Module):
         """
         return x
 
+    def rotation(self, position: Tensor, memo: Memoize) -> Tensor | None:
+        """Return the cosines and sines of :meth:`apply_absolute`, ``(batch, n, 1, head_dim / 2, 2)``; None for none."""
+        return None
+
     def apply_relative(self, keys: Tensor, distance: Tensor) -> Tensor:
         """Return keys as queries without positions see them (see :class:`memtx.memory.base.ContentAttention`)."""
         return keys
@@ -66,6 +75,8 @@ class Positions(nn.Module):
 
 class NoPositions(Positions):
     """Scores by content alone, for models whose embeddings contain positions."""
+
+    is_rotation = True
 
 
 class Alibi(Positions):

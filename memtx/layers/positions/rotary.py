@@ -204,6 +204,8 @@ class Rotary(Positions):
         MemtxError: The number of rotated channels is odd or out of range.
     """
 
+    is_rotation = True
+
     def __init__(
         self,
         heads: int,
@@ -229,8 +231,13 @@ class Rotary(Positions):
     def apply_absolute(self, x: Tensor, position: Tensor, memo: Memoize) -> Tensor:
         """Rotate by the position; angles are computed in float64, so they are exact in streams of any length."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        angles = memo((Rotary, self.head_dim, self.frequencies.cache_key, dtype), lambda: self._angles(position, dtype))
-        return apply_rotary_emb(x, angles)
+        return apply_rotary_emb(x, self.rotation(position, memo, dtype))
+
+    def rotation(self, position: Tensor, memo: Memoize, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the cosines and sines in ``dtype``."""
+        key = (Rotary, self.head_dim, self.frequencies.cache_key, dtype)
+        angles: Tensor = memo(key, lambda: self._angles(position, dtype))
+        return angles
 
     def apply_relative(self, keys: Tensor, distance: Tensor) -> Tensor:
         """Rotate back by the distance, with the attention factor of the query, which is not rotated."""

@@ -7,6 +7,8 @@ of queries.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,6 +39,12 @@ def split_queries(visibility: Visibility, block_size: int) -> list[tuple[int, in
                 merged.append((low, high))
         blocks.append((start, stop, merged))
     return blocks
+
+
+def gather_ranges(x: Tensor, key_ranges: list[tuple[int, int]]) -> Tensor:
+    """Return the keys of the ranges in one tensor: a view of x ``(batch, kv_heads, keys, head_dim)`` if one range."""
+    parts = [x[:, :, low:high] for low, high in key_ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def create_additive_mask(
@@ -101,6 +109,20 @@ def attend(
     return out, lse
 
 
+def merge_masks(
+    visibility: Visibility, bias: ScoreBias | None, query_range: tuple[int, int], key_ranges: list[tuple[int, int]],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return a block's additive mask over its ranges, 0 for fully masked queries, since kernels differ on them.
+
+    Also return the queries to zero, ``(batch or 1, 1, queries, 1)`` bool.
+    """
+    blocks = [create_additive_mask(visibility, bias, query_range, bounds, dtype) for bounds in key_ranges]
+    mask = torch.cat([mask for mask, _ in blocks], dim=-1)
+    fully_masked = torch.stack([masked for _, masked in blocks]).all(0).transpose(1, 2)[..., None]
+    return mask.masked_fill(fully_masked, 0.0), fully_masked
+
+
 def attend_sdpa(
     q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, scale: float, block_size: int
 ) -> Tensor:
@@ -110,12 +132,9 @@ def attend_sdpa(
         if not key_ranges:
             outputs.append(torch.zeros_like(q[:, :, start:stop]))
             continue
-        blocks = [create_additive_mask(visibility, bias, (start, stop), bounds, q.dtype) for bounds in key_ranges]
-        mask = torch.cat([mask for mask, _ in blocks], dim=-1)
-        fully_masked = torch.stack([masked for _, masked in blocks]).all(0).transpose(1, 2)[..., None]
-        keys, values = (torch.cat([x[:, :, low:high] for low, high in key_ranges], dim=2) for x in (k, v))
-        # Kernels differ on fully masked queries: unmask these, then zero their output.
-        mask = mask.masked_fill(fully_masked, 0.0)
+        build = partial(merge_masks, visibility, bias, (start, stop), key_ranges, q.dtype)
+        mask, fully_masked = visibility.memo(("sdpa mask", start, stop, q.dtype, bias), build)
+        keys, values = (gather_ranges(x, key_ranges) for x in (k, v))
         out = F.scaled_dot_product_attention(
             q[:, :, start:stop], keys, values, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -136,7 +155,7 @@ def attend_unfused(
     for start, stop, key_ranges in split_queries(visibility, block_size):
         # A block without keys gets zeros from an empty product.
         key_ranges = key_ranges or [(0, 0)]
-        keys, values = (torch.cat([x[:, :, low:high] for low, high in key_ranges], dim=2) for x in (k, v))
+        keys, values = (gather_ranges(x, key_ranges) for x in (k, v))
         scores = compute_scores(q[:, :, start:stop], keys, scale)
         if bias is not None:
             block_bias = [compute_block_bias(bias, (start, stop), bounds) for bounds in key_ranges]

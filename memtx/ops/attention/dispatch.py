@@ -28,6 +28,8 @@ AttentionHook = Callable[[Tensor, Visibility], None]
 TRITON_HEAD_DIMS = (32, 64, 128)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_HAS_TRITON = find_spec("triton") is not None
+
 log = logging.getLogger(__name__)
 
 _HOOK: ContextVar[AttentionHook | None] = ContextVar("attention_hook", default=None)
@@ -99,10 +101,20 @@ def segment_attention(
     return out, lse if return_lse else None
 
 
-@cache
 def has_triton() -> bool:
     """Return True if the package triton is installed."""
-    return find_spec("triton") is not None
+    return _HAS_TRITON
+
+
+def has_decode_kernel(q: Tensor, backend: AttentionBackend) -> bool:
+    """Return True if one token per stream attends by :func:`memtx.ops.attention.triton_decode.attend_ring`."""
+    if backend not in ("auto", "triton") or q.dtype not in TRITON_DTYPES or not has_triton():
+        return False
+    if q.is_cuda or backend == "auto":
+        return q.is_cuda
+    from memtx.ops.attention import triton_window
+
+    return triton_window.IS_INTERPRETED
 
 
 @cache

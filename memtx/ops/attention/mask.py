@@ -212,6 +212,27 @@ def find_key_ranges(visibility: Visibility, start: int, stop: int) -> list[tuple
     return [(low, high) for low, high in find_key_bounds(visibility.key_ranges, start, stop) if high > low]
 
 
+def flatten_key_ranges(key_ranges: Sequence[KeyRange]) -> list[int]:
+    """Return five integers per key range, in which a custom operator takes them.
+
+    As integers, a model with varying lengths is compiled once, and tables of bounds are built outside the graph.
+    """
+    flat: list[int] = []
+    for key_range in key_ranges:
+        max_span = -1 if key_range.max_span is None else key_range.max_span
+        interval = (key_range.min_visible_from, key_range.stride, max_span)
+        flat += (key_range.num_keys, *interval, key_range.group_size)
+    return flat
+
+
+def unflatten_key_ranges(flat: Sequence[int]) -> tuple[KeyRange, ...]:
+    """Return the key ranges of :func:`flatten_key_ranges`."""
+    return tuple(
+        KeyRange(num_keys, min_visible_from, stride, None if max_span < 0 else max_span, group_size)
+        for num_keys, min_visible_from, stride, max_span, group_size in zip(*[iter(flat)] * 5, strict=True)
+    )
+
+
 @lru_cache(maxsize=64)
 def build_key_bounds(
     key_ranges: tuple[KeyRange, ...], num_queries: int, block_size: int, device: torch.device

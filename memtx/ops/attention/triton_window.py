@@ -18,7 +18,14 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
-from memtx.ops.attention.mask import Visibility, build_key_bounds, build_query_bounds, get_int32_bounds
+from memtx.ops.attention.mask import (
+    Visibility,
+    build_key_bounds,
+    build_query_bounds,
+    flatten_key_ranges,
+    get_int32_bounds,
+    unflatten_key_ranges,
+)
 
 IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 """True if Triton's interpreter runs the kernels, on tensors of any device."""
@@ -62,18 +69,28 @@ def _load_lse(lse, index, mask):  # type: ignore[no-untyped-def]
     return tl.where(value == float("-inf"), 0.0, value) * LOG2E
 
 
+# Values that change with the segment: specialized, each alignment of them would compile a kernel of its own.
+_VARYING = ["num_queries", "num_blocks", "stride_interval"]
+
+
 @triton.jit  # type: ignore[untyped-decorator]
+def _split_program_id(num_blocks, HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return this program's block, batch index and head; the grid's other axes end at 65,535."""
+    index = tl.program_id(0)
+    row = index // num_blocks
+    return index % num_blocks, (row // HEADS).to(tl.int64), (row % HEADS).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=_VARYING)  # type: ignore[untyped-decorator]
 def _forward(  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, visible_from, visible_until, key_bounds, scale, num_queries, stride_interval,
+    q, k, v, out, lse, visible_from, visible_until, key_bounds, scale, num_queries, num_blocks, stride_interval,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_om,
     HEADS: tl.constexpr, GROUP: tl.constexpr, NUM_KEY_RANGES: tl.constexpr, D: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute output and log-sum-exp of a block of queries."""
-    block = tl.program_id(0)
-    batch = (tl.program_id(1) // HEADS).to(tl.int64)
-    head = (tl.program_id(1) % HEADS).to(tl.int64)
+    block, batch, head = _split_program_id(num_blocks, HEADS)
     offset = block * M + tl.arange(0, M)
     dim = tl.arange(0, D)
     in_queries = offset < num_queries
@@ -112,10 +129,10 @@ def _forward(  # type: ignore[no-untyped-def]
     tl.store(lse + (batch * HEADS + head) * num_queries + offset, row_lse, mask=in_queries)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=_VARYING)  # type: ignore[untyped-decorator]
 def _backward_queries(  # type: ignore[no-untyped-def]
     q, k, v, out, grad_out, lse, grad_lse, delta, dq, visible_from, visible_until, key_bounds, scale,
-    num_queries, stride_interval,
+    num_queries, num_blocks, stride_interval,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm,
     stride_dqb, stride_dqh, stride_dqm,
@@ -123,9 +140,7 @@ def _backward_queries(  # type: ignore[no-untyped-def]
     M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradient of a block of queries; store delta = grad_out . out - grad_lse for `_backward_keys`."""
-    block = tl.program_id(0)
-    batch = (tl.program_id(1) // HEADS).to(tl.int64)
-    head = (tl.program_id(1) % HEADS).to(tl.int64)
+    block, batch, head = _split_program_id(num_blocks, HEADS)
     offset = block * M + tl.arange(0, M)
     dim = tl.arange(0, D)
     in_queries = offset < num_queries
@@ -159,10 +174,10 @@ def _backward_queries(  # type: ignore[no-untyped-def]
     _store_tile(dq + batch * stride_dqb + head * stride_dqh, offset, stride_dqm, dim, acc * scale, in_queries)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=_VARYING)  # type: ignore[untyped-decorator]
 def _backward_keys(  # type: ignore[no-untyped-def]
     q, k, v, grad_out, lse, delta, dk, dv, visible_from, visible_until, query_bounds, scale, num_queries,
-    stride_interval,
+    num_blocks, stride_interval,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm,
     stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
@@ -170,9 +185,7 @@ def _backward_keys(  # type: ignore[no-untyped-def]
     M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of a block of keys and values, over all query heads that share them."""
-    block = tl.program_id(0)
-    batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
-    kv_head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
+    block, batch, kv_head = _split_program_id(num_blocks, KV_HEADS)
     low = tl.load(query_bounds + block * 4)
     high = tl.load(query_bounds + block * 4 + 1)
     query_start = tl.load(query_bounds + block * 4 + 2)
@@ -209,13 +222,18 @@ def _backward_keys(  # type: ignore[no-untyped-def]
     _store_tile(dv + batch * stride_dvb + kv_head * stride_dvh, key, stride_dvn, dim, dv_tile, in_keys)
 
 
-def _choose_tiles(head_dim: int, dtype: torch.dtype, direction: str) -> dict[str, int]:
-    """Return queries (M) and keys (N) per tile, warps and stages that fit an SM's shared memory and registers."""
+def choose_tiles(head_dim: int, dtype: torch.dtype, direction: str) -> dict[str, int]:
+    """Return queries (M) and keys (N) per tile, warps and stages that fit an SM's shared memory and registers.
+
+    ``direction`` is "forward", "backward_queries" or "backward_keys".
+    """
     if IS_INTERPRETED:
         return {"M": 16, "N": 32}
     if dtype == torch.float32:
         # Without tensor cores every product passes through registers: small tiles, many warps.
-        return {"M": 32, "N": 32, "num_warps": 8 if head_dim == 128 else 4, "num_stages": 1}
+        size = 16 if head_dim == 128 and direction == "backward_queries" else 32
+        num_warps = 4 if head_dim < 128 and direction == "forward" else 8
+        return {"M": size, "N": size, "num_warps": num_warps, "num_stages": 1}
     if direction == "forward":
         return {"M": 128, "N": 64, "num_warps": 8 if head_dim == 128 else 4, "num_stages": 3}
     return {"M": 64, "N": 64, "num_warps": 8 if head_dim == 128 else 4, "num_stages": 2}
@@ -225,62 +243,113 @@ def _get_strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-class _TritonAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        batch_size, heads, queries, head_dim = q.shape
-        start, end = get_int32_bounds(visibility)
-        # Laid out as (batch, queries, heads, head_dim), which the output projection reads without a copy.
-        out = q.new_empty(batch_size, queries, heads, head_dim).transpose(1, 2)
-        lse = torch.empty(batch_size, heads, queries, dtype=torch.float32, device=q.device)
-        tiles = _choose_tiles(head_dim, q.dtype, "forward")
-        key_bounds = build_key_bounds(visibility.key_ranges, queries, tiles["M"], q.device)
-        ctx.constants = {
-            "GROUP": heads // k.shape[1],
-            "D": head_dim,
-            # float32 products keep 24 bits unless the user allows fewer.
-            "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
-        }
-        _forward[(key_bounds.shape[0], batch_size * heads)](
-            q, k, v, out, lse, start, end, key_bounds, scale, queries, start.stride(0) if start.shape[0] > 1 else 0,
-            *_get_strides(q, k, v, out), HEADS=heads, NUM_KEY_RANGES=len(visibility.key_ranges),
-            **ctx.constants, **tiles,
-        )  # fmt: skip
-        ctx.save_for_backward(q, k, v, out, lse, start, end)
-        ctx.key_ranges, ctx.scale = visibility.key_ranges, scale
-        ctx.set_materialize_grads(False)
-        return out, lse
+def _get_interval_stride(visible_from: Tensor) -> int:
+    return visible_from.stride(0) if visible_from.shape[0] > 1 else 0
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, start, end = ctx.saved_tensors
-        batch_size, heads, queries, head_dim = q.shape
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
-        has_grad_lse = grad_lse is not None
-        grad_lse = grad_lse.contiguous().float() if grad_lse is not None else lse
-        dq, dk, dv = (torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
-        delta = torch.empty_like(lse)
-        interval_stride = start.stride(0) if start.shape[0] > 1 else 0
-        tiles = _choose_tiles(head_dim, q.dtype, "backward")
-        key_bounds = build_key_bounds(ctx.key_ranges, queries, tiles["M"], q.device)
-        _backward_queries[(key_bounds.shape[0], batch_size * heads)](
-            q, k, v, out, grad_out, lse, grad_lse, delta, dq, start, end, key_bounds, ctx.scale, queries,
-            interval_stride, *_get_strides(q, k, v, out, grad_out, dq),
-            HEADS=heads, NUM_KEY_RANGES=len(ctx.key_ranges), HAS_GRAD_LSE=has_grad_lse, **ctx.constants, **tiles,
+
+def get_dot_precision(dtype: torch.dtype) -> str:
+    """Return Triton's name for the precision of products: float32 keeps 24 bits unless the user allows fewer."""
+    if dtype != torch.float32:
+        return "ieee"
+    try:
+        allows_tf32 = torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # It was set by backend, and torch does not tell the common setting any more.
+        allows_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allows_tf32 else "ieee"
+
+
+def _empty_like_heads(x: Tensor) -> Tensor:
+    """Return an empty tensor ``(batch, heads, n, head_dim)``, in memory (batch, n, heads, head_dim) as projections."""
+    batch_size, heads, n, head_dim = x.shape
+    return x.new_empty(batch_size, n, heads, head_dim).transpose(1, 2)
+
+
+def _make_rows_contiguous(*tensors: Tensor) -> list[Tensor]:
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
+# Custom operators, so that torch.compile does not break the graph; settings and tables are read outside it.
+@torch.library.custom_op("memtx::triton_attention", mutates_args=())
+def triton_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible_from: Tensor, visible_until: Tensor, flat_key_ranges: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launch the forward kernel; arguments as in :func:`attend`, both ends of the intervals being int32."""
+    q, k, v = _make_rows_contiguous(q, k, v)
+    batch_size, heads, queries, head_dim = q.shape
+    out, lse = _empty_like_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    tiles, key_ranges = choose_tiles(head_dim, q.dtype, "forward"), unflatten_key_ranges(flat_key_ranges)
+    key_bounds = build_key_bounds(key_ranges, queries, tiles["M"], q.device)
+    num_blocks = key_bounds.shape[0]
+    _forward[(num_blocks * batch_size * heads,)](
+        q, k, v, out, lse, visible_from, visible_until, key_bounds, scale, queries, num_blocks,
+        _get_interval_stride(visible_from), *_get_strides(q, k, v, out), HEADS=heads, GROUP=heads // k.shape[1],
+        NUM_KEY_RANGES=len(key_ranges), D=head_dim, PRECISION=get_dot_precision(q.dtype), **tiles,
+    )  # fmt: skip
+    return out, lse
+
+
+@triton_attention.register_fake
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _empty_like_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("memtx::triton_attention_backward", mutates_args=())
+def triton_attention_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    visible_from: Tensor, visible_until: Tensor, flat_key_ranges: list[int], scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launch the backward kernels and return the gradients of q, k and v."""
+    q, k, v, grad_out = _make_rows_contiguous(q, k, v, grad_out)
+    batch_size, heads, queries, head_dim = q.shape
+    has_grad_lse = grad_lse is not None
+    grad_lse = grad_lse.contiguous().float() if grad_lse is not None else lse
+    dq, dk, dv = map(_empty_like_heads, (q, k, v))
+    delta = torch.empty_like(lse)
+    interval_stride, key_ranges = _get_interval_stride(visible_from), unflatten_key_ranges(flat_key_ranges)
+    constants = {"GROUP": heads // k.shape[1], "D": head_dim, "PRECISION": get_dot_precision(q.dtype)}
+    tiles = choose_tiles(head_dim, q.dtype, "backward_queries")
+    key_bounds = build_key_bounds(key_ranges, queries, tiles["M"], q.device)
+    num_blocks = key_bounds.shape[0]
+    _backward_queries[(num_blocks * batch_size * heads,)](
+        q, k, v, out, grad_out, lse, grad_lse, delta, dq, visible_from, visible_until, key_bounds, scale, queries,
+        num_blocks, interval_stride, *_get_strides(q, k, v, out, grad_out, dq),
+        HEADS=heads, NUM_KEY_RANGES=len(key_ranges), HAS_GRAD_LSE=has_grad_lse, **constants, **tiles,
+    )  # fmt: skip
+    tiles = choose_tiles(head_dim, q.dtype, "backward_keys")
+    query_bounds = build_query_bounds(key_ranges, queries, tiles["N"], q.device)
+    if num_blocks := query_bounds.shape[0]:
+        _backward_keys[(num_blocks * batch_size * k.shape[1],)](
+            q, k, v, grad_out, lse, delta, dk, dv, visible_from, visible_until, query_bounds, scale, queries,
+            num_blocks, interval_stride, *_get_strides(q, k, v, grad_out, dk, dv),
+            KV_HEADS=k.shape[1], **constants, **tiles,
         )  # fmt: skip
-        query_bounds = build_query_bounds(ctx.key_ranges, queries, tiles["N"], q.device)
-        if query_bounds.shape[0]:
-            _backward_keys[(query_bounds.shape[0], batch_size * k.shape[1])](
-                q, k, v, grad_out, lse, delta, dk, dv, start, end, query_bounds, ctx.scale, queries, interval_stride,
-                *_get_strides(q, k, v, grad_out, dk, dv), KV_HEADS=k.shape[1], **ctx.constants, **tiles,
-            )  # fmt: skip
-        return dq, dk, dv, None, None
+    return dq, dk, dv
+
+
+@triton_attention_backward.register_fake
+def _(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_like_heads(q), _empty_like_heads(k), _empty_like_heads(v)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, visible_from, visible_until, ctx.flat_key_ranges, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, visible_from, visible_until)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, *saved = ctx.saved_tensors
+    if grad_out is None and grad_lse is None:
+        return (None,) * 7
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    grads = triton_attention_backward(grad_out, grad_lse, q, k, v, out, *saved, ctx.flat_key_ranges, ctx.scale)
+    return *grads, *(None,) * 4
+
+
+triton_attention.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *, scale: float) -> tuple[Tensor, Tensor]:
@@ -290,5 +359,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *, scale: fl
     128 in float32, bfloat16 or float16, and without a pattern.
     """
     assert visibility.pattern is None, "dispatch sends patterns to 'banded'"
-    out, lse = _TritonAttention.apply(q, k, v, visibility, scale)  # type: ignore[no-untyped-call]
+    bounds, flat_key_ranges = get_int32_bounds(visibility), flatten_key_ranges(visibility.key_ranges)
+    out, lse = triton_attention(q, k, v, *bounds, flat_key_ranges, scale)
     return out, lse

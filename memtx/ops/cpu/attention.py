@@ -18,7 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtx.ops.attention.bias import AlibiBias
-from memtx.ops.attention.mask import KeyRange, Visibility, build_key_bounds, get_int32_bounds
+from memtx.ops.attention.mask import (
+    Visibility,
+    build_key_bounds,
+    flatten_key_ranges,
+    get_int32_bounds,
+    unflatten_key_ranges,
+)
 from memtx.ops.cpu import cpp_extension
 
 SOURCE_PATH = Path(__file__).parent / "attention.cpp"
@@ -78,12 +84,7 @@ def _call_kernel(
 
 def _unflatten_key_bounds(flat_key_ranges: list[int], num_queries: int) -> Tensor:
     """Build the table of key bounds from a list of five integers per key range."""
-    fields = zip(*[iter(flat_key_ranges)] * 5, strict=True)
-    key_ranges = tuple(
-        KeyRange(num_keys, min_visible_from, stride, None if max_span < 0 else max_span, group_size)
-        for num_keys, min_visible_from, stride, max_span, group_size in fields
-    )
-    return build_key_bounds(key_ranges, num_queries, BLOCK_SIZE, torch.device("cpu"))
+    return build_key_bounds(unflatten_key_ranges(flat_key_ranges), num_queries, BLOCK_SIZE, torch.device("cpu"))
 
 
 def _choose_num_splits(num_units: int, num_blocks: int) -> int:
@@ -184,15 +185,10 @@ def attend(
     head_dim, dtype = q.shape[-1], q.dtype
     if padding := -head_dim % HEAD_DIM_MULTIPLE:
         q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
-    # As integers, so that a model with varying lengths is compiled once and the table is built outside the graph.
-    flat_key_ranges: list[int] = []
-    for key_range in visibility.key_ranges:
-        max_span = -1 if key_range.max_span is None else key_range.max_span
-        interval = (key_range.min_visible_from, key_range.stride, max_span)
-        flat_key_ranges += (key_range.num_keys, *interval, key_range.group_size)
     slopes = key_offset = None
     if bias is not None:
         slopes = bias.slopes.detach().to(torch.float32).contiguous()
         key_offset = visibility.memo(("key_offset", bias), lambda: bias.key_offset.to(torch.float32).contiguous())
-    out, lse = _forward(q, k, v, *get_int32_bounds(visibility), slopes, key_offset, flat_key_ranges, scale)
+    bounds, flat_key_ranges = get_int32_bounds(visibility), flatten_key_ranges(visibility.key_ranges)
+    out, lse = _forward(q, k, v, *bounds, slopes, key_offset, flat_key_ranges, scale)
     return out[..., :head_dim].to(dtype), lse

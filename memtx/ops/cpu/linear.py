@@ -95,6 +95,12 @@ def accumulate_weight_grad(weight_grad: Tensor, inputs: Tensor, grad_output: Ten
         weight_grad += _onednn_linear(inputs.T, grad_output.T)
     elif inputs.dtype == weight_grad.dtype:
         weight_grad.addmm_(inputs.T, grad_output)
+    elif weight_grad.is_cuda and weight_grad.dtype == torch.float32:
+        # Half-precision factors are summed in float32, without a rounded product beside the sum.
+        if torch.compiler.is_compiling():  # Inductor has no addmm of two dtypes
+            weight_grad += torch.mm(inputs.T, grad_output, out_dtype=torch.float32)
+        else:
+            torch.addmm(weight_grad, inputs.T, grad_output, out_dtype=torch.float32, out=weight_grad)
     else:
         weight_grad += inputs.T @ grad_output
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 
-from memtx.ops.attention import flex
+from memtx.ops.attention import flex, reference
 from memtx.ops.attention.mask import KeyRange, Visibility, create_mask
 from tests.ops.attention.strategies import Problem, problems
 
@@ -38,3 +42,23 @@ def test_block_mask_is_built_once_while_intervals_change() -> None:
         pair = (torch.tensor(1), torch.tensor(0), torch.tensor(0), torch.tensor(199))
         assert bool(block_mask.mask_mod(*pair)) == (filled >= 1)  # Each call's mask reads its own intervals.
     assert flex.create_static_block_mask.cache_info().misses == 1
+
+
+def test_lengths_share_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty lengths compile a kernel per bucket; the limit of torch, eight, would leave the others uncompiled."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    kernel = flex._load_flex_attention.__wrapped__(True)
+    monkeypatch.setattr(flex, "_load_flex_attention", lambda _: kernel)
+    torch.manual_seed(0)
+    buckets = set()
+    with torch.no_grad():
+        for queries in range(100, 1300, 60):
+            q, k = torch.randn(1, 1, queries, 16), torch.randn(1, 1, queries + 50, 16)
+            offset = torch.arange(-50, queries)[None]
+            visibility = Visibility(offset, offset + 60, queries, (KeyRange(queries + 50, -50, 1, 60),))
+            out, _ = flex.attend(q, k, k, visibility, scale=0.25)
+            buckets.add((flex.round_up(queries), flex.round_up(queries + 50)))
+    expected, _ = reference.attend(q, k, k, visibility, scale=0.25)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+    assert 8 < counter.frame_count <= len(buckets) < 25

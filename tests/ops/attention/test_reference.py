@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memtx.ops.attention.reference import merge_attention
+from memtx.ops.attention.reference import compute_scores, merge_attention
 
 
 def attention(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,3 +54,12 @@ def test_gradients_of_fully_masked_queries_are_finite() -> None:
     # The output of a query that sees nothing is a constant, so its gradient only has to be finite.
     assert out.grad.isfinite().all()
     torch.testing.assert_close(out.grad[:, 1].sum(-1), torch.tensor([3.0, 0.0]))
+
+
+def test_scores_are_float32_under_autocast() -> None:
+    q, k = torch.randn(1, 2, 5, 32).bfloat16(), torch.randn(1, 2, 7, 32).bfloat16()
+    expected = q.float() @ k.float().transpose(-1, -2)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = compute_scores(q, k, 1.0)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)

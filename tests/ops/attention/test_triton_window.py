@@ -31,40 +31,14 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is n
 @needs_triton
 def test_interpreted_kernel_matches_the_reference() -> None:
     process = subprocess.run(
-        [sys.executable, "-m", "tests.ops.attention.triton_cases", "8"],
+        [sys.executable, "-m", "tests.ops.attention.triton_cases", "4"],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=280,
     )
     assert process.returncode == 0, process.stderr[-3000:]
-
-
-@needs_triton
-@pytest.mark.parametrize("kernel", ["_forward", "_backward_queries", "_backward_keys"])
-def test_kernels_compile_for_hopper_without_a_gpu(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiles to machine code in bfloat16, within the shared memory."""
-    compiler = pytest.importorskip("triton.compiler")
-    backends = pytest.importorskip("triton.backends.compiler")
-    triton_window = pytest.importorskip("memtx.ops.attention.triton_window")
-    if triton_window.IS_INTERPRETED:
-        pytest.skip("Triton's interpreter is on: nothing is compiled")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function = getattr(triton_window, kernel)
-    tiles = triton_window._choose_tiles(64, torch.bfloat16, "forward" if kernel == "_forward" else "backward")
-    options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
-    constants = {"HEADS": 8, "KV_HEADS": 4, "GROUP": 2, "NUM_KEY_RANGES": 2, "D": 64, "PRECISION": "ieee"}
-    constants |= {"HAS_GRAD_LSE": True} | tiles
-    types = dict.fromkeys(("q", "k", "v", "out", "grad_out", "dq", "dk", "dv"), "*bf16")
-    types |= dict.fromkeys(("lse", "grad_lse", "delta"), "*fp32") | {"scale": "fp32"}
-    types |= dict.fromkeys(("visible_from", "visible_until", "key_bounds", "query_bounds"), "*i32")
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in function.arg_names}
-    values = {name: constants[name] for name in signature if name in constants}
-    source = compiler.ASTSource(function, signature, values)
-    compiled = compiler.compile(source, target=backends.GPUTarget("cuda", 90, 32), options=options)
-    assert compiled.asm["cubin"]
-    assert compiled.metadata.shared <= 227 * 1024
 
 
 @needs_triton
@@ -106,7 +80,10 @@ def test_backends_on_a_gpu_match_the_reference(backend: AttentionBackend, dtype:
         assert lse is not None
         return out.cpu(), lse.cpu()
 
-    @given(problems(max_queries=300, biases=("none",), head_dims=(32, 64, 128)))
+    # Each width and group compiles three kernels; tests/gpu/test_aot.py compiles the others.
+    head_dims = (64, 128) if dtype == torch.bfloat16 else (64,)
+
+    @given(problems(kv_groups=(1, 2), max_queries=300, biases=("none",), head_dims=head_dims))
     # flex compiles once per shape.
     @settings(deadline=None, max_examples=3 if backend == "flex" else 25)
     def check(problem: Problem) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import torch
 from hypothesis import given, settings
-from torch import Tensor
+from torch import Tensor, nn
 
+from memtx import CompressedMemory, MemoryTransformer, RecurrentMemory
+from memtx.inference.decoder import Decoder
+from memtx.layers.positions.base import NoPositions
+from memtx.layers.positions.rotary import Rotary
 from memtx.ops.attention import reference
 from memtx.ops.attention.dispatch import segment_attention
 from memtx.ops.attention.mask import KeyRange, Visibility
@@ -48,8 +53,39 @@ def check_strides() -> None:
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
 
 
+def check_decoding(memory: Any, dtype: torch.dtype, tolerance: float, **options: Any) -> None:
+    """Compare steps of the decoding kernel, and the rings that it writes, with those of the plain operators."""
+    decoders = []
+    for backend in ("auto", "triton"):
+        torch.manual_seed(0)
+        arguments = {"dim": 64, "depth": 1, "heads": 4, "memories": [memory], "attention_backend": backend} | options
+        model = MemoryTransformer(50, **arguments).to(dtype).eval()
+        tokens = torch.randint(0, 50, (26, 3), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            # The kernel of segments supports fewer widths of heads.
+            state = decoders[0].state if decoders else model(tokens[:20].T).state
+        decoders.append(Decoder(model, state))
+    for token in tokens[20:]:
+        plain, fused = (decoder.step(token) for decoder in decoders)
+        torch.testing.assert_close(fused, plain, rtol=0, atol=tolerance)
+    assert decoders[0].state.equals(decoders[1].state, atol=tolerance)
+
+
+def check_all_decoding() -> None:
+    """Cover evicted blocks, grouped heads, odd widths, norms and gates, no and partial rotation, many parts."""
+    compressed = partial(CompressedMemory, window=12, compression_rate=4, num_entries=5)
+    check_decoding(compressed, torch.float32, 1e-5)
+    check_decoding(compressed, torch.float32, 1e-5, kv_heads=2, qk_norm=nn.RMSNorm, output_gate=True)
+    check_decoding(partial(RecurrentMemory, window=70), torch.float32, 1e-5, kv_heads=1, head_dim=20)
+    check_decoding(partial(RecurrentMemory, window=7), torch.float32, 1e-5, positions=NoPositions)
+    # Products are rounded to 11 bits in another order.
+    window = partial(RecurrentMemory, window=200)
+    check_decoding(window, torch.float16, 1e-2, positions=partial(Rotary, rotary_dim=8))
+
+
 if __name__ == "__main__":
     check_strides()
+    check_all_decoding()
     check_gradients(torch.float32, 1e-5, int(sys.argv[1]))
     # Inputs are rounded to 11 bits, weights and gradients again.
     check_gradients(torch.float16, 1e-2, int(sys.argv[1]))
