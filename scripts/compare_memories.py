@@ -1,13 +1,10 @@
-"""Compare the memories at equal parameters and tokens, on the synthetic tasks T1-T5 and on books, with three seeds.
+"""Compare the memories at equal parameters and tokens on the synthetic tasks T1-T5, with three seeds.
 
     python scripts/compare_memories.py [--tasks NAME ...] [--memories NAME ...] [--seeds 0 1 2]
-        [--books shipped] [--root PATH/pg19-mini]
 
 Synthetic tasks: two layers, a window of one segment in every stack (hybrids: in the second layer, the first being a
 Gated DeltaNet), back-propagation through whole episodes, the loss on answers alone; accuracy at distances far beyond
-those in training. Feed-forward layers shrink by a memory's parameters. --books shipped also trains
-configs/pg19-mini.yaml as it is, with the exact cache alone, with nothing carried and with a convolution that
-compresses; compare_books.py compares memories on books.
+those in training. Feed-forward layers shrink by a memory's parameters. compare_books.py compares memories on books.
 
 Figures are saved in --output-dir as soon as they are measured, so the script can be interrupted and restarted; the
 tables show all saved figures. Seconds are CPU seconds on one thread.
@@ -17,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +24,7 @@ import benchmarking
 import torch
 from benchmarking import count_parameters
 from memory_stacks import MemoryFactory, comparison_stacks, hybrid_stacks
-from training_runs import last_value, run_fit, train_on_episodes
+from training_runs import train_on_episodes
 
 from memtx import files, plots
 from memtx.data.synthetic_tasks.base import SyntheticTask
@@ -56,22 +51,6 @@ HYBRIDS = tuple(hybrid_stacks(1))
 
 ABLATIONS = ("associative, plain sigmoid", "associative, no delta rule")
 """Stacks that run only if --memories names them."""
-
-MODEL_ARGS = "--model.model.init_args"
-NOTHING_CARRIED = "nothing carried"
-SHIPPED_VARIANTS: dict[str, list[str]] = {
-    "compressed memory": [],
-    "exact cache alone": [
-        f'{MODEL_ARGS}.memories=[{{"class_path":"memtx.RecurrentMemory","init_args":{{"window":100}}}}]'
-    ],
-    NOTHING_CARRIED: [f'{MODEL_ARGS}.memories=[{{"class_path":"memtx.NoMemory"}}]'],
-    "compressed by a convolution": [
-        f'{MODEL_ARGS}.memories=[{{"class_path":"memtx.CompressedMemory","init_args":{{"window":64,'
-        '"compression_rate":4,"num_entries":32,"compression":"memtx.memory.compression.StridedConvolution"}}]',
-        # 768 - 256: three maps of 192 x 256 weights less, one of (4 x 192) x 192 more.
-        f"{MODEL_ARGS}.feed_forward.init_args.hidden_dim=512",
-    ],
-}
 
 Figures = dict[str, dict[str, Any]]
 
@@ -117,23 +96,6 @@ def train_on_task(name: str, memory: str, seed: int, arguments: argparse.Namespa
     }
 
 
-def train_shipped_config(variant: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train the shipped config with other memories and return its figures."""
-    options, steps = list(SHIPPED_VARIANTS[variant]), arguments.book_steps
-    if steps:
-        options += [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
-    threads = max(1, (os.cpu_count() or 1) // arguments.num_parallel)
-    run_dir = arguments.output_dir / f"shipped-{variant.replace(' ', '-')}-{seed}"
-    rows = run_fit(run_dir, "pg19-mini", arguments.root, seed, options, threads)
-    rates = [float(row["tokens_per_second"]) for row in rows if row.get("tokens_per_second")]
-    return {
-        "bits_per_byte": last_value(rows, "val_bits_per_byte"),
-        # Not logged where it means nothing, as after a few steps.
-        "word_perplexity": last_value(rows, name) if (name := "val_word_perplexity") in rows[0] else float("nan"),
-        "tokens_per_second": statistics.median(rates),
-    }
-
-
 def runs_of(figures: Figures, group: str, name: str) -> dict[int, dict[str, Any]]:
     """Return the figures of a memory in a group by seed."""
     return {seed: figures[key] for seed in range(100) if (key := f"{group}/{name}/{seed}") in figures}
@@ -162,32 +124,8 @@ def format_task_table(figures: Figures, task: str) -> list[str]:
     return [*lines, ""] if runs_by_memory else []
 
 
-def shipped_gains(figures: Figures) -> dict[str, list[float]]:
-    """Return every variant's bits per byte less those with nothing carried, within each seed.
-
-    A seed decides which books are read, which matters far more than the memory.
-    """
-    base = runs_of(figures, "shipped", NOTHING_CARRIED)
-    return {
-        variant: [run["bits_per_byte"] - base[seed]["bits_per_byte"] for seed, run in runs.items() if seed in base]
-        for variant in SHIPPED_VARIANTS
-        if (runs := runs_of(figures, "shipped", variant))
-    }
-
-
-def format_shipped_table(figures: Figures) -> list[str]:
-    """Format the shipped config: every seed's bits per byte, their mean, and the gains within each seed."""
-    lines = ["| shipped config | bits per byte | mean | against nothing carried, by seed |", "|---|---|---|---|"]
-    for variant, gains in shipped_gains(figures).items():
-        bits = [run["bits_per_byte"] for run in runs_of(figures, "shipped", variant).values()]
-        cells = ", ".join(f"{value:.4f}" for value in bits)
-        paired = ", ".join(f"{gain:+.4f}" for gain in gains) if variant != NOTHING_CARRIED else ""
-        lines.append(f"| {variant} | {cells} | {statistics.mean(bits):.4f} | {paired} |")
-    return [*lines, ""] if len(lines) > 2 else []
-
-
 def plot_results(figures: Figures, path: Path) -> None:
-    """Plot the mean accuracy on T1 by distance, and the gains of the shipped config in a second picture."""
+    """Plot the mean accuracy on T1 by distance."""
     curves = {}
     for memory in comparison_stacks(1):
         if runs := runs_of(figures, "T1 recall", memory):
@@ -198,12 +136,6 @@ def plot_results(figures: Figures, path: Path) -> None:
         plots.plot_accuracy(
             path, curves, chance_level=TASKS["T1 recall"].chance_accuracy, title="Recall (T1), means of seeds",
             x_label="segments since the pairs",
-        )  # fmt: skip
-    gains = {variant: gain for variant, gain in shipped_gains(figures).items() if gain and variant != NOTHING_CARRIED}
-    if gains:
-        plots.plot_seed_comparison(
-            path.with_stem(f"{path.stem}-books"), gains, unit="bits per byte against nothing carried",
-            title="Gain from memory on pg19-mini's validation books, seed by seed",
         )  # fmt: skip
 
 
@@ -216,17 +148,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="*", choices=list(TASKS), default=list(TASKS), metavar="TASK")
     parser.add_argument("--memories", nargs="+", choices=names, default=default, metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--books", choices=("shipped",), help="also train configs/pg19-mini.yaml")
-    benchmarking.add_data_option(parser, "--root", "pg19-mini", text="books in the PG-19 layout", required=False)
     parser.add_argument("--distances", nargs="+", type=benchmarking.positive_int, help="segments up to the questions")
     parser.add_argument("--hidden-dim", type=benchmarking.positive_int, help="one feed-forward width for all stacks")
-    parser.add_argument("--book-steps", type=benchmarking.positive_int, help="training steps on books")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="learning rate of the synthetic tasks")
-    benchmarking.add_size_options(parser, steps=750, batch_size=32, dim=64, num_samples=32, num_parallel=1)
-    arguments = parser.parse_args()
-    if arguments.books and arguments.root is None:
-        parser.error("--books shipped needs --root FOLDER, or MEMTX_DATA.")
-    return arguments
+    benchmarking.add_size_options(parser, steps=750, batch_size=32, dim=64, num_samples=32)
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -242,37 +168,21 @@ def main() -> None:
         for seed in arguments.seeds
         for memory in arguments.memories
     }
-    if arguments.books:
-        jobs |= {
-            f"shipped/{variant}/{seed}": partial(train_shipped_config, variant, seed, arguments)
-            for seed in arguments.seeds
-            for variant in SHIPPED_VARIANTS
-        }
     missing = {key: job for key, job in jobs.items() if key not in figures}
-    # Parallel runs could not tell their CPU seconds apart, so only the shipped config runs in parallel.
-    shipped = {key: job for key, job in missing.items() if key.startswith("shipped/")}
 
     def save(key: str, result: dict[str, Any]) -> None:
         figures[key] = json.loads(json.dumps(result))  # as a restarted script would read them
         files.write_text(path, json.dumps(figures, indent=1))
 
-    with benchmarking.progress_bar() as bar, ThreadPoolExecutor(arguments.num_parallel) as pool:
-        advance = partial(bar.advance, bar.add_task("memories", total=len(missing)))
-        for key, job in missing.items():
-            if key not in shipped:
-                save(key, job())
-                advance()
-        futures = {pool.submit(job): key for key, job in shipped.items()}
-        for future in as_completed(futures):
-            save(futures[future], future.result())
-            advance()
+    with benchmarking.progress_bar() as bar:
+        for key, job in bar.track(missing.items(), description="memories"):
+            save(key, job())
     machine = benchmarking.machine_info(arguments.device)
     if arguments.plot:
         plot_results(figures, Path(arguments.plot))
     lines = [f"{benchmarking.format_machine(machine)}.", ""]
     for task in TASKS:
         lines += format_task_table(figures, task)
-    lines += format_shipped_table(figures)
     benchmarking.write_results(arguments, {"figures": figures, "machine": machine}, lines)
 
 

@@ -6,6 +6,7 @@ mixed prediction as in TRIME (Zhong et al. 2022, section 3).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -29,7 +30,7 @@ class CopyState:
     """The newest positions of the open document, newest last.
 
     Attributes:
-        keys: ``(batch, entries, key_dim)`` bfloat16, float64 in a float64 model.
+        keys: ``(batch, entries, key_dim)`` in the dtype of :meth:`CopyMemory.init_state`.
         tokens: ``(batch, entries)`` int32, token + 1; 0 where there is none.
     """
 
@@ -102,7 +103,7 @@ class CopyMemory(nn.Module):
     """
 
     is_hidden: bool = False
-    gate_parameters = ("gate", "log_scale")
+    gate_parameters = ("gate", "match_weight", "log_scale")
 
     def __init__(
         self,
@@ -122,6 +123,8 @@ class CopyMemory(nn.Module):
         self.num_entries = num_entries
         self.train_entries = num_entries if train_entries is None else train_entries
         self.key_dim = dim if key_dim is None else key_dim
+        # Four standard deviations of a component of a unit vector are in the range of int8.
+        self.levels = 127 / min(1.0, 4 / math.sqrt(self.key_dim))
         self.key = nn.Identity() if key_dim is None else Linear(dim, key_dim, bias=False)
         self.gate = Linear(dim, 1)
         nn.init.zeros_(self.gate.weight)
@@ -139,9 +142,12 @@ class CopyMemory(nn.Module):
         return self.train_entries if self.training else self.num_entries
 
     def init_state(self, batch_size: int, *, like: Tensor) -> CopyState:
-        """Return an empty state for the present mode."""
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.bfloat16
-        keys = like.new_zeros(batch_size, self.capacity, self.key_dim, dtype=dtype)
+        """Return an empty state for the present mode.
+
+        Its keys are int8 in eval mode and bfloat16 in training, or where they are the hidden states themselves, and
+        float64 in a float64 model.
+        """
+        keys = like.new_zeros(batch_size, self.capacity, self.key_dim, dtype=self._key_dtype(like.dtype))
         return CopyState(keys, like.new_zeros(batch_size, self.capacity, dtype=torch.int32))
 
     def read(self, state: CopyState, x: Tensor, tokens: Tensor, segment: Segment) -> CopyView:
@@ -157,8 +163,11 @@ class CopyMemory(nn.Module):
         """
         q, gate = self._project(x)
         # Rounded before use, so that a key is the same within its segment and after it.
-        keys = q.to(state.keys.dtype)
+        keys = self._encode(q, self._key_dtype(q.dtype))
         past_keys, past_tokens = _resize(state, self.capacity)
+        past_keys = (
+            past_keys if past_keys.dtype == keys.dtype else self._encode(self._decode(past_keys, q.dtype), keys.dtype)
+        )
         next_state = CopyState(
             update_cache(past_keys, keys, segment),
             update_cache(past_tokens[..., None], (tokens[..., None] + 1).to(torch.int32), segment)[..., 0],
@@ -172,8 +181,8 @@ class CopyMemory(nn.Module):
         visibility = replace(visibility, visible_until=visible_until)
         return CopyView(
             q * self.log_scale.exp().to(q.dtype),
-            past_keys[:, self.capacity - num_past :].to(q.dtype),
-            keys.to(q.dtype),
+            self._decode(past_keys[:, self.capacity - num_past :], q.dtype),
+            self._decode(keys, q.dtype),
             # The token after a position is the next position's.
             torch.cat([(past_tokens - 1).clamp(min=0), tokens, tokens[:, :1]], dim=1)[:, 1:],
             visibility,
@@ -214,7 +223,7 @@ class CopyMemory(nn.Module):
         stream = step.memo("stream", lambda: torch.arange(x.shape[0], device=x.device))
         q, gate = self._project(x[:, None])
         next_tokens[stream, (step.position - 1) % self.num_entries] = (tokens + 1).to(next_tokens.dtype)
-        keys[stream, step.position % self.num_entries] = q[:, 0].to(keys.dtype)
+        keys[stream, step.position % self.num_entries] = self._encode(q[:, 0], keys.dtype)
         if self.is_hidden:
             return logits
         slot_position = _slot_positions(step.position, self.num_entries)
@@ -223,8 +232,20 @@ class CopyMemory(nn.Module):
         visibility = Visibility(visible_from, torch.ones_like(visible_from), 1, (KeyRange(self.num_entries),))
         q = q * self.log_scale.exp().to(q.dtype)
         next_tokens = next_tokens.clamp(min=1) - 1
-        probs, best = copied_distribution(q, keys.to(q.dtype), next_tokens, visibility, logits.shape[-1])
+        probs, best = copied_distribution(q, self._decode(keys, q.dtype), next_tokens, visibility, logits.shape[-1])
         return _mix(logits[:, None], probs, self._add_match(gate, best), step.position[:, None] > 0)[:, 0]
+
+    def _key_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        if dtype == torch.float64:
+            return dtype
+        return torch.bfloat16 if self.training or isinstance(self.key, nn.Identity) else torch.int8
+
+    def _encode(self, keys: Tensor, dtype: torch.dtype) -> Tensor:
+        """Round normalized keys to the dtype of a state."""
+        return (keys * self.levels).round().clamp(-127, 127).to(dtype) if dtype == torch.int8 else keys.to(dtype)
+
+    def _decode(self, keys: Tensor, dtype: torch.dtype) -> Tensor:
+        return keys.to(dtype) / self.levels if keys.dtype == torch.int8 else keys.to(dtype)
 
     def _add_match(self, gate: Tensor, best: Tensor) -> Tensor:
         """Return the gate's logits, ``(batch, length)``, given the best scores, which count from half the scale."""

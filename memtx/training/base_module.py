@@ -46,7 +46,7 @@ class BaseModule(pl.LightningModule):
         scheduler: Creates the schedule from the optimizer; stepped every optimizer step. Defaults to ``WarmupCosine``.
             None means a constant rate.
         gate_lr_multiplier: Factor of the learning rate of memories' gates, shares and log-weights, which have no weight
-            decay: at the common rate they open too slowly. 1 disables it.
+            decay. Defaults to 1, which measured best on books; more opens gates that begin closed sooner.
         distillation: Teacher and losses to train with, in addition to or instead of the labels; ``SelfDistillation``
             teaches a memory the model's attention over a whole batch. None disables it.
     """
@@ -58,7 +58,7 @@ class BaseModule(pl.LightningModule):
         optimizer: OptimizerFactory | None = None,
         scheduler: SchedulerFactory | None = WarmupCosine,
         distillation: Distillation | None = None,
-        gate_lr_multiplier: float = 10.0,
+        gate_lr_multiplier: float = 1.0,
     ) -> None:
         super().__init__()
         if not 0.0 < gate_lr_multiplier < math.inf:

@@ -24,7 +24,7 @@ from tests.tasks import folder, records, write_lines
 
 CONFIGS = sorted((HOME / "configs").glob("*.yaml"))
 NAMES = [path.name for path in CONFIGS]
-BOOKS = {"quickstart", "pg19", "pg19-mini", "enwik8", "transformer-xl-wt103", "long-to-memory"}
+BOOKS = {"quickstart", "pg19", "pg19-mini", "enwik8", "enwik8-copy", "transformer-xl-wt103", "long-to-memory"}
 PRETRAINING = {"longformer-mlm", "bigbird-mlm", "reformer-clm", "distilbert", "tinybert-general"}
 SYNTHETIC = {"recall"}
 TASKS = {"movie-reviews": "classification", "conll2000": "tagging", "rte": "matching", "squad2": "questions"}
@@ -92,7 +92,7 @@ def test_the_parser_accepts_it_and_the_model_has_the_claimed_size(program: Progr
     assert count / 1e6 == pytest.approx(float(claimed[1]), rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["pg19.yaml", "enwik8.yaml", "pg19-mini.yaml"])
+@pytest.mark.parametrize("name", ["pg19.yaml", "enwik8.yaml", "enwik8-copy.yaml", "pg19-mini.yaml"])
 def test_without_data_the_error_says_where_to_get_it(program: Program, tmp_path: Path, name: str) -> None:
     result = program("fit", "--config", str(HOME / "configs" / name), cwd=tmp_path)
     assert result.code == 2

@@ -133,12 +133,17 @@ def test_state_of_training_is_read_as_far_as_it_goes() -> None:
     assert (logits - out.logits).abs().max() < 1e-12
 
 
-def test_state_has_two_bytes_a_number(tmp_path: Path) -> None:
-    model = build_model(100).float()
-    state = model(torch.randint(VOCAB_SIZE, (1, 50))).state
+@torch.no_grad()
+def test_state_has_a_byte_a_number_and_is_saved(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, tokens = build_model(100, key_dim=32), torch.randint(VOCAB_SIZE, (2, 50))
+    exact = model(tokens).logits
+    out = model.float()(tokens)
+    # A byte a number moves a score by a hundredth of the scale at most.
+    assert (out.logits.double() - exact).abs().max() < 0.1
+    state = out.state
     copy_state = state.layers[-1][0]
-    assert copy_state.keys.dtype == torch.bfloat16
-    assert copy_state.keys.nbytes + copy_state.tokens.nbytes == 100 * (4 * 2 + 4)
+    assert copy_state.keys.nbytes + copy_state.tokens.nbytes == 2 * 100 * (32 + 4)
     state.save(tmp_path / "state", model.fingerprint)
     assert state.equals(MemoryState.load(tmp_path / "state", like=model.init_state(1), fingerprint=model.fingerprint))
 

@@ -131,6 +131,7 @@ def test_a_run_with_gates_resumes_exactly(tmp_path: Path) -> None:
             lambda vocabulary: model(vocabulary, memories=(memory(entry_bias=-3.0),)),
             segment_length=SEGMENT,
             optimizer=adam,
+            gate_lr_multiplier=10.0,
         )
 
     texts, full = data(tmp_path), start()
