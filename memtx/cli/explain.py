@@ -136,6 +136,8 @@ def _check(value: Any, hint: Any, key: str, missing: str = "") -> str | None:
     is_class = isinstance(value, Mapping) or missing or not _is_accepted(hint, value)
     if classes and is_class and isinstance(class_path, str) and _may_be_class(class_path, hint):
         target = _resolve(class_path, classes, key)
+        if isinstance(target, str) and elements is not None and _check(value, elements, key) is None:
+            return f"'{key}' is {_names([value])}, {_describe(hint, value)}"  # of a list's elements, but no list
         if isinstance(target, str):
             return target
         init_args = value.get("init_args") if isinstance(value, Mapping) else None

@@ -93,8 +93,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, *posteriors = ctx.saved_tensors
-        scaled = torch.mul(grad_weight.T, grad_total, out=grad_weight.new_empty(grad_weight.shape[::-1]))
         grad_shares = (None if posterior is None else posterior * -grad_total for posterior in posteriors)
+        if grad_hidden is None:
+            return None, None, *grad_shares, None, None, None
+        scaled = torch.mul(grad_weight.T, grad_total, out=grad_weight.new_empty(grad_weight.shape[::-1]))
         return (grad_hidden * grad_total).to(grad_hidden.dtype), scaled, *grad_shares, None, None, None
 
 

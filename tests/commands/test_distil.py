@@ -55,7 +55,11 @@ WINDOW = """--model.model.init_args.memories=[{class_path: memtx.RecurrentMemory
 
 def test_a_long_window_is_distilled_into_a_memory(program: Program, tmp_path: Path) -> None:
     common = [*books(tmp_path), "--data.batch_size=2", "--data.segment_length=16"]
-    fit(program, tmp_path, "pg19-mini.yaml", "teacher", *common, *decoder(4), WINDOW)
+    as_in_the_config = [
+        "--data.tokenizer={class_path: memtx.data.tokenizers.ByteTokenizer}",
+        "--model.model.init_args.output_memory=null",
+    ]
+    fit(program, tmp_path, "pg19-mini.yaml", "teacher", *common, *decoder(4), WINDOW, *as_in_the_config)
     metrics = fit(program, tmp_path, "long-to-memory.yaml", "student", *common, *decoder(2), TEACHER)
     assert {"train_soft_targets", "train_hard_labels", "train_hidden_cosine"} <= metrics
     command = ["distil", "report", "--teacher", "teacher", "--student", "student", "--data", "books"]

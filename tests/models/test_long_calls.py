@@ -29,7 +29,7 @@ def _tokens(batch_size: int) -> torch.Tensor:
 def _longest_chunk(model: MemoryTransformer, tokens: torch.Tensor, document_starts: torch.Tensor | None) -> int:
     """Return the length of the longest chunk that a layer receives."""
     seen: list[int] = []
-    hook = model.get_submodule("blocks.0.feed_forward").register_forward_hook(
+    hook = model.get_submodule("blocks.0.attention").register_forward_hook(
         lambda _, inputs, out: seen.append(inputs[0].shape[1])
     )
     with torch.no_grad():

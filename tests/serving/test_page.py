@@ -115,7 +115,7 @@ def test_a_conversation_is_held_beside_the_text(browser: Any, chat_server: Serve
         page.locator("#send:enabled").wait_for(timeout=20_000)
         assert page.locator("#chat-status").inner_text() == ""
         assert page.locator(".message").count() == 2 * number
-        assert len(page.locator(".message.assistant").last.inner_text()) > 5
+        assert page.locator(".message.assistant").last.inner_text()
     assert int(page.locator("#chat-cached").inner_text().removesuffix("%")) > 50
     assert "KiB" in page.locator("#chat-state").inner_text()
     assert page.evaluate("getComputedStyle(document.querySelectorAll('.message.user')[1]).direction") == "rtl"

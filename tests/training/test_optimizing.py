@@ -77,7 +77,8 @@ def gated_model() -> MemoryTransformer:
     return model(30, memories=(stack,), gated_memory=True, output_memory=partial(CopyMemory, num_entries=8, key_dim=4))
 
 
-GATES = {"entry_bias", "gate", "mix_gate", "log_scale", "output_memory.gate.weight", "output_memory.gate.bias"}
+GATES = {"entry_bias", "gate", "mix_gate", "log_scale", "match_weight"}
+GATES |= {"output_memory.gate.weight", "output_memory.gate.bias"}
 
 
 def gate_rates(optimizer: torch.optim.Optimizer, decoder: MemoryTransformer) -> tuple[set[float], set[float]]:
