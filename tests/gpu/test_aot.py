@@ -22,7 +22,14 @@ from tests.gpu.aot import MAX_SHARED_MEMORY, Launch, read_ptxas_log, record_laun
 
 # Bytes stored and loaded. Blackwell keeps sums in tensor memory, which Triton loads at once for the rescaling; on
 # Ampere, the loop over grouped heads keeps the addresses of two of them. Eight warps would halve a warp's product.
-MAX_SPILLED = {(100, "_forward", 64): 320, (100, "_backward_keys", 64): 96, (80, "_backward_keys", 64): 128}
+# Those of heads of 32 and 128 were found and left, because no chip was there to measure a change.
+MAX_SPILLED = {
+    (80, "_forward", 32): 8, (80, "_backward_keys", 32): 16, (80, "_backward_keys", 64): 128,
+    (89, "_forward", 32): 8, (89, "_backward_keys", 64): 48, (89, "_backward_keys", 128): 296,
+    (90, "_backward_keys", 128): 328,
+    (100, "_forward", 32): 16, (100, "_forward", 64): 320, (100, "_backward_keys", 64): 96,
+    (100, "_backward_keys", 128): 408,
+}  # fmt: skip
 
 
 def launch_window(dtype: torch.dtype, head_dim: int, segment: int = 128, batch_size: int = 2) -> None:
