@@ -20,6 +20,7 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import benchmarking
 import torch
@@ -31,7 +32,13 @@ from training_runs import config_path, run_fit
 
 from memtx import files
 
-TOKENIZERS = {"bytes": 0, "bpe-2048": 2048, "bpe-8192": 8192}
+TOKENIZERS: dict[str, dict[str, Any]] = {
+    "bytes": {"class_path": "memtx.data.tokenizers.ByteTokenizer"},
+    **{
+        f"bpe-{size}": {"class_path": "memtx.data.tokenizers.BytePairTokenizer", "init_args": {"vocab_size": size}}
+        for size in (2048, 8192)
+    },
+}
 NUM_CHECKPOINTS = 20
 CURVE = (0.1, 0.25, 0.5, 0.75)
 """Fractions of the steps at which a run is read, besides the end."""
@@ -41,20 +48,16 @@ def write_config(path: Path, stack: Stack, arguments: argparse.Namespace) -> Non
     """Write the config of a run: configs/pg19-mini.yaml with another model, tokenizer and number of steps."""
     config = yaml.safe_load(Path(config_path("pg19-mini")).read_text())
     config["data"] |= {"batch_size": 16, "segment_length": 64, "bptt_segments": 2}
-    if vocab_size := TOKENIZERS[arguments.tokenizer]:
-        tokenizer = {"class_path": "memtx.data.tokenizers.BytePairTokenizer", "init_args": {"vocab_size": vocab_size}}
-        config["data"]["tokenizer"] = tokenizer
-    if stack.data_seed is not None:
-        config["data"]["seed"] = stack.data_seed
+    config["data"]["tokenizer"] = TOKENIZERS[arguments.tokenizer]
     config["model"] |= {"model": stack.model_config(), "measure_memory_gain": False}
     config["model"]["gate_lr_multiplier"] = stack.gate_lr_multiplier
     config["model"]["scheduler"]["init_args"] = {"warmup_steps": min(50, arguments.steps // 4)}
+    interval = checkpoint_interval(arguments.steps)
     config["trainer"] |= {
-        "max_steps": arguments.steps, "limit_val_batches": 0, "log_every_n_steps": checkpoint_interval(arguments.steps),
+        "max_steps": arguments.steps, "limit_val_batches": 0, "log_every_n_steps": interval,
         "callbacks": [{"class_path": "training_runs.CpuSeconds"}],
     }  # fmt: skip
     del config["trainer"]["val_check_interval"], config["trainer"]["check_val_every_n_epoch"]
-    interval = checkpoint_interval(arguments.steps)
     config["checkpoint"] = {"every_n_train_steps": interval, "keep_last": NUM_CHECKPOINTS + 1}
     files.write_text(path, yaml.safe_dump(config))
 

@@ -138,6 +138,9 @@ EXPERIMENTS = {
         "pg19-mini",
         [
             *decoder_options(96, 256),
+            # The student's tokenizer, and attention alone.
+            "--data.tokenizer={class_path: memtx.data.tokenizers.ByteTokenizer}",
+            "--model.model.init_args.output_memory=null",
             "--data.segment_length=256",
             "--data.eval_tokens=100000",
             "--model.model.init_args.depth=4",

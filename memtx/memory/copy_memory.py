@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtx.errors import MemtxError, check_at_least
-from memtx.memory.kv_ring import DecodeBuffers, DecodeStep
+from memtx.memory.kv_ring import DecodeBuffers, DecodeStep, slot_positions
 from memtx.memory.parts import gather_entries
 from memtx.memory.recurrent import count_past_tokens, sliding_window, update_cache
 from memtx.ops.attention.mask import KeyRange, Visibility
@@ -164,10 +164,7 @@ class CopyMemory(nn.Module):
         q, gate = self._project(x)
         # Rounded before use, so that a key is the same within its segment and after it.
         keys = self._encode(q, self._key_dtype(q.dtype))
-        past_keys, past_tokens = _resize(state, self.capacity)
-        past_keys = (
-            past_keys if past_keys.dtype == keys.dtype else self._encode(self._decode(past_keys, q.dtype), keys.dtype)
-        )
+        past_keys, past_tokens = self._to_present_mode(state, keys.dtype)
         next_state = CopyState(
             update_cache(past_keys, keys, segment),
             update_cache(past_tokens[..., None], (tokens[..., None] + 1).to(torch.int32), segment)[..., 0],
@@ -197,8 +194,8 @@ class CopyMemory(nn.Module):
 
         ``past_length`` is the number of tokens of each stream's document read so far, ``(batch,)`` int64.
         """
-        keys, tokens = _resize(state, self.num_entries)
-        position = _slot_positions(past_length - 1, self.num_entries)
+        keys, tokens = self._to_present_mode(state, self._key_dtype(self.gate.weight.dtype))
+        position = slot_positions(past_length - 1, self.num_entries)
         index = position - (past_length[:, None] - self.num_entries)
         # The newest slot, whose next token is unknown, holds the token of the oldest position.
         next_tokens = torch.cat([tokens, tokens[:, :1]], dim=1).gather(1, index + 1)
@@ -227,7 +224,7 @@ class CopyMemory(nn.Module):
         keys[stream, step.position % self.num_entries] = self._encode(q[:, 0], keys.dtype)
         if self.is_hidden:
             return logits
-        slot_position = _slot_positions(step.position, self.num_entries)
+        slot_position = slot_positions(step.position, self.num_entries)
         is_visible = (slot_position >= 0) & (slot_position < step.position[:, None]) & (next_tokens > 0)
         visible_from = torch.where(is_visible, 0, 1)
         visibility = Visibility(visible_from, torch.ones_like(visible_from), 1, (KeyRange(self.num_entries),))
@@ -240,6 +237,16 @@ class CopyMemory(nn.Module):
         if dtype == torch.float64:
             return dtype
         return torch.bfloat16 if self.training or isinstance(self.key, nn.Identity) else torch.int8
+
+    def _to_present_mode(self, state: CopyState, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return a state's newest keys in a dtype, and tokens, with zeros before them where it is shorter."""
+        keys, tokens = state.keys, state.tokens
+        if keys.dtype != dtype:
+            keys = self._encode(self._decode(keys, torch.promote_types(dtype, torch.float32)), dtype)
+        if missing := self.capacity - tokens.shape[1]:
+            # A negative pad removes the oldest.
+            keys, tokens = F.pad(keys, (0, 0, missing, 0)), F.pad(tokens, (missing, 0))
+        return keys, tokens
 
     def _encode(self, keys: Tensor, dtype: torch.dtype) -> Tensor:
         """Round normalized keys to the dtype of a state."""
@@ -274,18 +281,3 @@ def _mix(logits: Tensor, probs: Tensor, gate: Tensor, has_entries: Tensor) -> Te
     log_share, log_copy_share = _log_shares(gate, has_entries)
     model = logits.to(probs.dtype).log_softmax(-1) + log_share[..., None]
     return torch.logaddexp(model, log_copy_share[..., None] + _safe_log(probs))
-
-
-def _slot_positions(position: Tensor, num_slots: int) -> Tensor:
-    """Return the newest position in each slot once ``position`` is written, ``(batch, num_slots)``, below 0 if none."""
-    slot = torch.arange(num_slots, device=position.device)
-    return position[:, None] - (position[:, None] - slot) % num_slots
-
-
-def _resize(state: CopyState, num_entries: int) -> tuple[Tensor, Tensor]:
-    """Return a state's newest keys and tokens, with zeros before them where it is shorter."""
-    missing = num_entries - state.tokens.shape[1]
-    if not missing:
-        return state.keys, state.tokens
-    # A negative pad removes the oldest.
-    return F.pad(state.keys, (0, 0, missing, 0)), F.pad(state.tokens, (missing, 0))

@@ -67,11 +67,18 @@ class RingLayout:
         These are blocks, ``(batch, num_entries)``, and positions, ``(batch, num_exact_slots)``, both int64 and negative
         in unwritten slots.
         """
-        newest = self.num_evicted_blocks(position)[:, None] - 1
-        bank_slot = torch.arange(self.num_entries, device=position.device)
-        exact_slot = torch.arange(self.num_exact_slots, device=position.device)
-        block = newest - (newest - bank_slot) % self.num_entries if self.num_entries else newest.expand(-1, 0)
-        return block, position[:, None] - (position[:, None] - exact_slot) % self.num_exact_slots
+        newest = self.num_evicted_blocks(position) - 1
+        block = slot_positions(newest, self.num_entries) if self.num_entries else newest.new_zeros(len(newest), 0)
+        return block, slot_positions(position, self.num_exact_slots)
+
+
+def slot_positions(position: Tensor, num_slots: int) -> Tensor:
+    """Return the newest position in each slot, ``(batch, num_slots)``, below 0 if none.
+
+    ``position`` ``(batch,)`` is the last one written; each is in the slot of its number modulo ``num_slots``.
+    """
+    slot = torch.arange(num_slots, device=position.device)
+    return position[:, None] - (position[:, None] - slot) % num_slots
 
 
 @runtime_checkable

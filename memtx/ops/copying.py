@@ -49,9 +49,8 @@ class _CopiedProbability(torch.autograd.Function):
         (low, high), num_past = _visible_range(ctx.visibility, slice(0, q.shape[1])), ctx.num_past
         # d copied / d score = weight * (is_copy - copied)
         is_copy = next_tokens[:, None, low:high] == labels[:, :, None]
-        grad_scores = torch.where(is_copy, (grad * (1.0 - copied))[..., None], -(grad * copied)[..., None]).mul_(
-            weights
-        )
+        grad_copy, grad_other = grad * (1.0 - copied), -grad * copied
+        grad_scores = torch.where(is_copy, grad_copy[..., None], grad_other[..., None]).mul_(weights)
         grad_q = torch.bmm(grad_scores, all_keys[:, low:high])
         # Keys from low on: those of the past, then those from first_key on.
         split, first_key = max(0, num_past - low), max(0, low - num_past)

@@ -9,7 +9,6 @@ custom operators, so ``torch.compile`` does not break the graph.
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +51,6 @@ def is_available() -> bool:
     return cpp_extension.load_library(SOURCE_PATH) is not None
 
 
-def _int64_array(*values: int) -> Any:
-    return (ctypes.c_int64 * len(values))(*values)
-
-
 def _call_kernel(
     name: str, tensors: tuple[Tensor | None, ...],
     key_tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], strided_tensors: tuple[Tensor, ...],
@@ -71,15 +66,12 @@ def _call_kernel(
     batch_size, heads, queries, head_dim = q.shape
     interval_stride = visible_from.stride(0) if visible_from.shape[0] > 1 else 0
     offset_stride = key_offset.stride(0) if key_offset is not None and key_offset.shape[0] > 1 else 0
-    sizes = _int64_array(
+    sizes = (
         batch_size, heads, k.shape[1], queries, head_dim, key_bounds.shape[1], interval_stride, offset_stride,
         num_splits, split_stride, torch.get_num_threads(),
     )  # fmt: skip
-    strides = _int64_array(*(stride for x in strided_tensors for stride in x.stride()[:3]))
-    library = cpp_extension.load_library(SOURCE_PATH)
-    assert library is not None, "dispatch checks is_available()"
-    addresses = (ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (*tensors, *key_tensors))
-    getattr(library, name)(*addresses, sizes, strides, ctypes.c_float(scale))
+    strides = [stride for x in strided_tensors for stride in x.stride()[:3]]
+    cpp_extension.call(SOURCE_PATH, name, *tensors, *key_tensors, sizes, strides, scale)
 
 
 def _unflatten_key_bounds(flat_key_ranges: list[int], num_queries: int) -> Tensor:

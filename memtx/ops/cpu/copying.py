@@ -5,7 +5,6 @@ Both passes are custom operators, so ``torch.compile`` does not break the graph.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from pathlib import Path
 from typing import Any
@@ -35,14 +34,11 @@ def _call_kernel(
     name: str, q: Tensor, keys: Tensor, visible_from: Tensor, first_key: int, tensors: tuple[Tensor | None, ...]
 ) -> None:
     """Call a function of the source with addresses and sizes."""
-    library = cpp_extension.load_library(SOURCE_PATH)
-    assert library is not None, "callers check is_available()"
     interval_stride = keys.shape[1] if visible_from.shape[0] > 1 else 0
     sizes = (*q.shape[:2], *keys.shape[1:], first_key, interval_stride, torch.get_num_threads())
     # Queries in base 2 as the lanes of vectors.
     columns = (q * math.log2(math.e)).mT.contiguous()
-    addresses = (ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (columns, keys, *tensors))
-    getattr(library, name)(*addresses, (ctypes.c_int64 * len(sizes))(*sizes))
+    cpp_extension.call(SOURCE_PATH, name, columns, keys, *tensors, sizes)
 
 
 @torch.library.custom_op("memtx::cpu_copying", mutates_args=())

@@ -16,9 +16,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from memtx import files
 from memtx.errors import MemtxError
@@ -72,6 +73,30 @@ def load_library(source: Path) -> ctypes.CDLL | None:
         reason = (getattr(error, "stderr", None) or str(error)).strip()
         log.info("%s is not compiled: %s", source.name, reason.splitlines()[0] if reason else error)
         return None
+
+
+def call(source: Path, name: str, *arguments: Any) -> None:
+    """Call a function of a source that :func:`load_library` loads, which callers make sure of.
+
+    Tensors and None are passed as addresses, integers as int64, other numbers as float32, and sequences of one of these
+    as arrays.
+    """
+    library = load_library(source)
+    assert library is not None, f"{source.name} is not compiled"
+    getattr(library, name)(*map(_to_ctypes, arguments))
+
+
+def _to_ctypes(value: Any) -> Any:
+    if isinstance(value, Sequence):
+        elements = [_to_ctypes(element) for element in value]
+        return (type(elements[0]) * len(elements))(*elements)
+    if isinstance(value, int):
+        return ctypes.c_int64(value)
+    return (
+        ctypes.c_float(value)
+        if isinstance(value, float)
+        else ctypes.c_void_p(None if value is None else value.data_ptr())
+    )
 
 
 def _compile(source: Path, library_path: Path) -> None:

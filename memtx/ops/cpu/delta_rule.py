@@ -7,7 +7,6 @@ graph.
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,8 @@ def is_available() -> bool:
 
 def _call_kernel(name: str, tensors: tuple[Tensor | None, ...], strided: tuple[Tensor, ...], *sizes: int) -> None:
     """Call a function of the source with addresses, sizes and the strides of ``(batch, heads, length, ...)``."""
-    library = cpp_extension.load_library(SOURCE_PATH)
-    assert library is not None, "callers check is_available()"
-    size_array = (ctypes.c_int64 * (len(sizes) + 1))(*sizes, torch.get_num_threads())
     strides = [stride for x in strided for stride in x.stride()[:3]]
-    addresses = (ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors)
-    getattr(library, name)(*addresses, size_array, (ctypes.c_int64 * len(strides))(*strides))
+    cpp_extension.call(SOURCE_PATH, name, *tensors, (*sizes, torch.get_num_threads()), strides)
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ and the backward pass computes them again. Under ``torch.compile`` the compiler 
 
 from __future__ import annotations
 
-import ctypes
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,15 +39,7 @@ def _is_fused(*tensors: Tensor) -> bool:
 
 def _call_kernel(name: str, *arguments: Tensor | int | float) -> None:
     """Call a function of the source; the number of threads is appended."""
-    library = cpp_extension.load_library(SOURCE_PATH)
-    assert library is not None, "callers check is_available()"
-    values: list[Any] = [
-        ctypes.c_void_p(x.data_ptr())
-        if isinstance(x, Tensor)
-        else (ctypes.c_float(x) if isinstance(x, float) else ctypes.c_int64(x))
-        for x in (*arguments, torch.get_num_threads())
-    ]
-    getattr(library, name)(*values)
+    cpp_extension.call(SOURCE_PATH, name, *arguments, torch.get_num_threads())
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -6,7 +6,6 @@ one matrix in 128 tokens. Computed in float32 also for bfloat16; both passes are
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,17 +36,10 @@ def _call_kernel(
     name: str, tensors: Sequence[Tensor | None], qkv: Tensor, state: Tensor, conv_size: int, options: list[float]
 ) -> None:
     """Call a function of the source with the fields of its ``Tensors``, ``Sizes`` and ``Options``."""
-    library = cpp_extension.load_library(SOURCE_PATH)
-    assert library is not None, "callers check is_available()"
     heads, key_dim, value_dim = state.shape[1:]
     key_heads = (qkv.shape[2] - heads * value_dim) // (2 * key_dim)
     sizes = (*qkv.shape[:2], heads, key_heads, key_dim, value_dim, conv_size, torch.get_num_threads())
-    addresses = [None if x is None else x.data_ptr() for x in tensors]
-    getattr(library, name)(
-        (ctypes.c_void_p * len(addresses))(*addresses),
-        (ctypes.c_int64 * len(sizes))(*sizes),
-        (ctypes.c_float * len(options))(*options),
-    )
+    cpp_extension.call(SOURCE_PATH, name, tensors, sizes, options)
 
 
 def _to_kernel_layout(tensors: Sequence[Tensor], conv_weight: int) -> list[Tensor]:
