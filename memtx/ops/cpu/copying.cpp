@@ -11,10 +11,7 @@
 #include <cstring>
 #include <vector>
 
-#include "vector.h"
-
-#define QUERY_BLOCK 32 /* queries per block */
-#define KEY_TILE 96    /* keys per tile */
+#include "visibility.h"
 
 struct Shape {
     int64_t batch_size, length, num_keys, key_dim;
@@ -23,48 +20,32 @@ struct Shape {
     int64_t threads;
 };
 
-/* Pointers to one batch entry; queries are (key_dim, length), scaled by log2(e). */
+/* Pointers to one batch entry, and its keys as a block of queries sees them; queries are (key_dim, length), scaled by
+   log2(e). */
 struct Entry {
     const float *q, *keys;
-    const int32_t *next_tokens, *labels, *visible_from, *visible_until;
+    const int32_t *next_tokens, *labels;
+    KeyInfo seen;
 };
 
-static Entry entry_of(const Shape &n, int64_t b, const float *q, const float *keys, const int32_t *next_tokens,
-                      const int32_t *labels, const int32_t *visible_from, const int32_t *visible_until)
+static Entry entry_of(const Shape &n, int64_t b, int64_t query, const float *q, const float *keys,
+                      const int32_t *next_tokens, const int32_t *labels, const int32_t *visible_from,
+                      const int32_t *visible_until)
 {
-    return {q + b * n.key_dim * n.length, keys + b * n.num_keys * n.key_dim, next_tokens + b * n.num_keys,
-            labels + b * n.length, visible_from + b * n.interval_stride, visible_until + b * n.interval_stride};
+    return {q + b * n.key_dim * n.length + query,
+            keys + b * n.num_keys * n.key_dim,
+            next_tokens + b * n.num_keys,
+            labels + b * n.length + query,
+            {visible_from + b * n.interval_stride, visible_until + b * n.interval_stride, nullptr, 0.0f,
+             (int32_t)query}};
 }
 
-/* Scores (count, QUERY_BLOCK) in base 2 of the keys from `key` on and the queries from `query` on. */
-static void compute_scores(const Shape &n, const Entry &x, int64_t key, int64_t count, int64_t query, float *scores)
+/* Scores (count, QUERY_BLOCK) in base 2 of the keys from `key` on. */
+static void compute_scores(const Shape &n, const Entry &x, int64_t key, int64_t count, float *scores)
 {
-    matmul(count, QUERY_BLOCK, n.key_dim, x.keys + key * n.key_dim, n.key_dim, 1, x.q + query, n.length, scores,
-           QUERY_BLOCK, false);
-    IntVector lane;
-    for (int i = 0; i < LANES; i++)
-        lane[i] = i;
-    const Vector minus_inf = Vector{} - INFINITY;
-    for (int64_t i = 0; i < count; i++) {
-        const int32_t from = x.visible_from[key + i], until = x.visible_until[key + i];
-        if (from <= query && until >= query + QUERY_BLOCK)
-            continue;
-        for (int w = 0; w < QUERY_BLOCK; w += LANES) {
-            const IntVector offset = lane + (int32_t)(query + w);
-            Vector *score = (Vector *)(scores + i * QUERY_BLOCK + w);
-            *score = from <= offset ? (offset < until ? *score : minus_inf) : minus_inf;
-        }
-    }
-}
-
-/* Bounds [low, high) of the keys that any query of a block sees. */
-static void find_keys(const Shape &n, const Entry &x, int64_t query, int64_t &low, int64_t &high)
-{
-    low = 0, high = n.num_keys;
-    while (low < high && !(x.visible_from[low] < query + QUERY_BLOCK && x.visible_until[low] > query))
-        low++;
-    while (low < high && !(x.visible_from[high - 1] < query + QUERY_BLOCK && x.visible_until[high - 1] > query))
-        high--;
+    matmul(count, QUERY_BLOCK, n.key_dim, x.keys + key * n.key_dim, n.key_dim, 1, x.q, n.length, scores, QUERY_BLOCK,
+           false);
+    apply_bias_and_mask(scores, count, key, x.seen);
 }
 
 /* `copied`, `best` (the largest score) and `lse` (in base 2) are (batch, length); `direction`, (batch, length, key_dim),
@@ -82,16 +63,16 @@ extern "C" void memtx_copying_forward(const float *q, const float *keys, const i
 #pragma omp for schedule(dynamic)
         for (int64_t unit = 0; unit < n.batch_size * blocks; unit++) {
             const int64_t b = unit / blocks, query = unit % blocks * QUERY_BLOCK;
-            const Entry x = entry_of(n, b, q, keys, next_tokens, labels, visible_from, visible_until);
+            const Entry x = entry_of(n, b, query, q, keys, next_tokens, labels, visible_from, visible_until);
             alignas(64) float max[QUERY_BLOCK], sum[QUERY_BLOCK], match_sum[QUERY_BLOCK];
             for (int i = 0; i < QUERY_BLOCK; i++)
                 max[i] = -INFINITY, sum[i] = match_sum[i] = 0.0f;
             memset(all, 0, 2 * width * QUERY_BLOCK * sizeof(float));
-            int64_t low, high;
-            find_keys(n, x, query, low, high);
+            int64_t low = 0, high = n.num_keys;
+            trim_key_range(x.seen, low, high);
             for (int64_t key = low; key < high; key += KEY_TILE) {
                 const int64_t count = high - key < KEY_TILE ? high - key : KEY_TILE;
-                compute_scores(n, x, key, count, query, scores);
+                compute_scores(n, x, key, count, scores);
                 for (int w = 0; w < QUERY_BLOCK; w += LANES) {
                     const Vector before = *(Vector *)(max + w);
                     Vector top = before;
@@ -111,7 +92,7 @@ extern "C" void memtx_copying_forward(const float *q, const float *keys, const i
                                 match[(w + i) * width + d] *= factor[i];
                             }
                     Vector tile_sum{}, tile_match{};
-                    const IntVector label = *(const IntVector *)(x.labels + query + w);
+                    const IntVector label = *(const IntVector *)(x.labels + w);
                     for (int64_t i = 0; i < count; i++) {
                         Vector *score = (Vector *)(scores + i * QUERY_BLOCK + w);
                         const Vector weight = vector_exp2(*score - base);
@@ -129,7 +110,7 @@ extern "C" void memtx_copying_forward(const float *q, const float *keys, const i
                 for (int64_t i = 0; i < count; i++)
                     for (int w = 0; w < QUERY_BLOCK; w += LANES) {
                         const IntVector is_match =
-                            *(const IntVector *)(x.labels + query + w) == x.next_tokens[key + i];
+                            *(const IntVector *)(x.labels + w) == x.next_tokens[key + i];
                         int32_t any = 0;
                         for (int m = 0; m < LANES; m++)
                             any |= is_match[m];
@@ -172,21 +153,20 @@ extern "C" void memtx_copying_backward(const float *q, const float *keys, const 
         for (int64_t unit = 0; unit < n.batch_size * tiles; unit++) {
             const int64_t b = unit / tiles, key = n.first_key + unit % tiles * KEY_TILE;
             const int64_t count = n.num_keys - key < KEY_TILE ? n.num_keys - key : KEY_TILE;
-            const Entry x = entry_of(n, b, q, keys, next_tokens, labels, visible_from, visible_until);
             float *out = grad_keys + (b * num_grads + key - n.first_key) * n.key_dim;
             memset(out, 0, count * n.key_dim * sizeof(float));
             for (int64_t query = 0; query < n.length; query += QUERY_BLOCK) {
-                bool any = false;
-                for (int64_t i = 0; i < count && !any; i++)
-                    any = x.visible_from[key + i] < query + QUERY_BLOCK && x.visible_until[key + i] > query;
-                if (!any)
+                const Entry x = entry_of(n, b, query, q, keys, next_tokens, labels, visible_from, visible_until);
+                int64_t low = key, high = key + count;
+                trim_key_range(x.seen, low, high);
+                if (low == high)
                     continue;
-                compute_scores(n, x, key, count, query, scores);
+                compute_scores(n, x, key, count, scores);
                 for (int w = 0; w < QUERY_BLOCK; w += LANES) {
                     const int64_t row = b * n.length + query + w;
                     const Vector g = *(const Vector *)(grad + row), share = *(const Vector *)(copied + row);
                     const Vector base = *(const Vector *)(lse + row), miss = -g * share;
-                    const IntVector label = *(const IntVector *)(x.labels + query + w);
+                    const IntVector label = *(const IntVector *)(x.labels + w);
                     for (int64_t i = 0; i < count; i++) {
                         Vector *score = (Vector *)(scores + i * QUERY_BLOCK + w);
                         const IntVector is_match = label == x.next_tokens[key + i];

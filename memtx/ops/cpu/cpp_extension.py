@@ -92,11 +92,9 @@ def _to_ctypes(value: Any) -> Any:
         return (type(elements[0]) * len(elements))(*elements)
     if isinstance(value, int):
         return ctypes.c_int64(value)
-    return (
-        ctypes.c_float(value)
-        if isinstance(value, float)
-        else ctypes.c_void_p(None if value is None else value.data_ptr())
-    )
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return ctypes.c_void_p(None if value is None else value.data_ptr())
 
 
 def _compile(source: Path, library_path: Path) -> None:
