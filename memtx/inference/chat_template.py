@@ -51,8 +51,8 @@ class ChatTemplate:
         conversation = [self._prepare(message) for message in messages]
         if not conversation:
             raise MemtxError("The conversation has no message.", "Give at least one message.")
-        options = {"tools": tools, "documents": None}
-        options["add_generation_prompt"] = add_generation_prompt and not continue_final_message
+        begins_answer = add_generation_prompt and not continue_final_message
+        options = {"tools": tools, "documents": None, "add_generation_prompt": begins_answer}
         variables = {**self.special_tokens, **(variables or {}), **options}
         content = _mark_end(conversation[-1]) if continue_final_message else ""
         text = self._render(conversation, bool(tools), variables)
