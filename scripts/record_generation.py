@@ -139,11 +139,11 @@ def train_tokenizer(kind: str, texts: list[str]) -> Any:
         backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
         special, names = ["<|endoftext|>"], {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
         if kind.endswith("words"):
-            parts = [
+            steps = [
                 pre_tokenizers.Split(Regex(WORDS), "isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
-            backend.pre_tokenizer = pre_tokenizers.Sequence(parts)
+            backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
             special += ["<|im_start|>", "<|im_end|>"]
             names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
         if kind == "byte-level by words":
@@ -161,8 +161,8 @@ def train_tokenizer(kind: str, texts: list[str]) -> Any:
     else:
         backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
         has_prefix = kind == "byte-fallback"
-        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")][not has_prefix :]
-        backend.normalizer = normalizers.Sequence(steps)
+        replacements = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")][not has_prefix :]
+        backend.normalizer = normalizers.Sequence(replacements)
         backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=560, special_tokens=special))
         parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         backend.decoder = decoders.Sequence(parts if has_prefix else parts[:-1])
