@@ -72,14 +72,56 @@ def record_filters(path: Path) -> None:
 
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+# Tied, which keeps the files small.
+TIED = {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": True}
+HYBRID = {**TIED, "layer_types": ["linear_attention", "full_attention"]}
+HYBRID |= {f"linear_{name}": 2 for name in ("num_key_heads", "num_value_heads")}
+HYBRID |= {"linear_key_head_dim": 4, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 4}
+QWEN_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 96}
+LONG_ROPE |= {"short_factor": [1.0, 1.5], "long_factor": [2.0, 5.0]}
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("byte-fallback", {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 128}),
     "mistral": ("unigram", {**SIZES, "num_key_value_heads": 2, "head_dim": 4, "sliding_window": 8}),
     "qwen2": ("byte-level", {**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 128}),
     "qwen3": ("byte-level", {**SIZES, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}),
     "gpt2": ("byte-level", {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 128}),
+    "gemma3_text": (
+        "byte-fallback without prefix",
+        {
+            **TIED,
+            "tie_word_embeddings": False,
+            "head_dim": 4,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "phi3": (
+        "byte-fallback",
+        {**TIED, "original_max_position_embeddings": 96, "rope_parameters": LONG_ROPE, "partial_rotary_factor": 1.0},
+    ),
+    "smollm3": ("byte-level with whole words", {**TIED, "tie_word_embeddings": False, "no_rope_layers": [1, 0]}),
+    "olmo_hybrid": ("byte-level by words", {**HYBRID, "linear_allow_neg_eigval": True}),
+    "qwen3_5_text": ("byte-level by words", {**HYBRID, "head_dim": 8, "rope_parameters": QWEN_ROPE}),
+    "qwen3_next": (
+        "byte-level by words",
+        {
+            **HYBRID,
+            "head_dim": 8,
+            "rope_parameters": QWEN_ROPE,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 8,
+        },
+    ),
 }
 """Kind of tokenizer and sizes by model type."""
+
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+WORDS += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""Pattern of the pre-tokenizer that Llama 3, Qwen and OLMo use."""
 
 PROMPTS = ["It was a dark night, and", "“Où est 雪?” she said:\n\n", "the"]
 MAX_TOKENS, STOP_STEP = 24, 15
@@ -88,17 +130,27 @@ MAX_TOKENS, STOP_STEP = 24, 15
 def train_tokenizer(kind: str, texts: list[str]) -> Any:
     """Return a tokenizer of a kind, with the special tokens and post-processor that published ones of it have."""
     import transformers
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     create: Any = transformers.PreTrainedTokenizerFast
 
-    if kind == "byte-level":
-        backend = Tokenizer(models.BPE())
+    if kind.startswith("byte-level"):
+        backend = Tokenizer(models.BPE(ignore_merges=kind.endswith("whole words")))
         backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        special, names = ["<|endoftext|>"], {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+        if kind.endswith("words"):
+            steps = [
+                pre_tokenizers.Split(Regex(WORDS), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+            backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+            special += ["<|im_start|>", "<|im_end|>"]
+            names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+        if kind == "byte-level by words":
+            backend.normalizer = normalizers.NFC()
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
+        trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=special)
         backend.train_from_iterator(texts, trainer)
-        names = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
         return create(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     if kind == "unigram":
@@ -108,10 +160,12 @@ def train_tokenizer(kind: str, texts: list[str]) -> Any:
         backend.train_from_iterator(texts, unigram)
     else:
         backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        has_prefix = kind == "byte-fallback"
+        replacements = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")][not has_prefix :]
+        backend.normalizer = normalizers.Sequence(replacements)
         backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=560, special_tokens=special))
         parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-        backend.decoder = decoders.Sequence(parts)
+        backend.decoder = decoders.Sequence(parts if has_prefix else parts[:-1])
         description = json.loads(backend.to_str())
         for token in description["added_tokens"][3:]:  # bytes are plain tokens
             description["added_tokens"].remove(token)
@@ -131,7 +185,7 @@ def record_layout(folder: Path, model_type: str, texts: list[str]) -> None:
     kind, options = LAYOUTS[model_type]
     torch.manual_seed(len(model_type))
     tokenizer = train_tokenizer(kind, texts)
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     config = transformers.AutoConfig.for_model(model_type, vocab_size=len(tokenizer) + 8, **ids, **options)
     model = models.from_config(config).eval()
     for name, parameter in model.named_parameters():
@@ -141,7 +195,10 @@ def record_layout(folder: Path, model_type: str, texts: list[str]) -> None:
                 with torch.no_grad():
                     parameter[len(tokenizer) :] = 0.0  # padded vocabulary: never the most likely
     records = []
-    for prompt in PROMPTS:
+    original_length = options.get("original_max_position_embeddings", 0)
+    # Prompts of both factors: the library changes from short to long ones at the original length.
+    prompts = [*PROMPTS, " ".join(PROMPTS[:1] * 12)] if original_length else PROMPTS
+    for prompt in prompts:
         inputs = tokenizer(prompt, return_tensors="pt")["input_ids"]
         settings = {
             "do_sample": False,
@@ -160,6 +217,8 @@ def record_layout(folder: Path, model_type: str, texts: list[str]) -> None:
         text = tokenizer.decode(inputs[0].tolist() + text_ids, skip_special_tokens=True)
         before = tokenizer.decode(inputs[0].tolist(), skip_special_tokens=True)
         record = {"prompt": prompt, "prompt_ids": inputs[0].tolist(), "stop": stop, "ids": ids_after, "text": text}
+        if inputs.shape[1] + MAX_TOKENS <= original_length:
+            record["window"] = original_length
         records.append({**record, "prompt_text": before, "logprobs": logprobs, "endless_ids": first})
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
@@ -172,10 +231,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("--book", type=Path, required=True)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     arguments = parser.parse_args()
     record_filters(arguments.output / "filters.json")
     texts = arguments.book.read_text(encoding="utf-8")[:200_000].splitlines(keepends=True)
-    for model_type in LAYOUTS:
+    for model_type in arguments.layouts:
         record_layout(arguments.output / model_type, model_type, texts)
 
 

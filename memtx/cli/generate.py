@@ -38,6 +38,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     reader = options.load_reader(arguments)
     if arguments.session is not None:
         load_session(arguments.session, reader)
+        reader.parse_special = arguments.parse_special
     settings = {name: getattr(arguments, name) for name in SETTINGS}
     model, tokenizer = reader.model, reader.tokenizer
     chunks = generate(model, tokenizer, prompt, reader=reader, sampling_params=sampling_params, **settings)

@@ -148,7 +148,9 @@ def _check_complete(reader: StreamReader, book: _Book) -> None:
 def _resume_session(path: str, reader: StreamReader, report: ReadingReport, book: _Book) -> None:
     from memtx.inference.sessions.file import load_session
 
+    parse_special = reader.parse_special
     metadata, tensors = load_session(path, reader)
+    reader.parse_special = parse_special
     try:
         bytes_read, digest = int(metadata["bytes_read"]), str(metadata["text_sha256"])
         report.load_state(metadata["report"], tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,6 +23,7 @@ from memtx.layers.positions.rotary import (
 from memtx.memory.recurrent import RecurrentMemory
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
@@ -171,7 +173,13 @@ def _parse_longrope(rope: HFConfig, max_length: int) -> dict[str, Any]:
     default = 1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(original_length))
     window = rope.get_int("window", max_length)
     # The published code changes from short to long factors while a text grows, and with them what was read before.
-    factors = rope.get("long_factor" if window > original_length else "short_factor")
+    is_long = window > original_length
+    if is_long and rope.get("long_factor") != rope.get("short_factor"):
+        message = (
+            "Positions are scaled by long_factor, as for texts beyond %s tokens; a window of at most as many scales"
+        )
+        logger.warning(f"{message} them by short_factor, as for shorter texts.", f"{original_length:,}")
+    factors = rope.get("long_factor" if is_long else "short_factor")
     if not isinstance(factors, list) or not all(isinstance(factor, int | float) for factor in factors):
         raise _invalid("long_factor", factors, "a list of numbers")
     return {"factors": factors, "attention_factor": rope.get_float("attention_factor", default)}

@@ -83,7 +83,8 @@ def load(path: str | os.PathLike[str], window: int | None = None) -> PretrainedM
     Args:
         path: Folder with config.json and model.safetensors or pytorch_model.bin.
         window: Number of exact positions visible to a decoder. Defaults to its trained length. Layers trained with
-            a narrower window keep it.
+            a narrower window keep it. With LongRoPE (Phi-3), one of at most the original length takes the short
+            factors, as ``transformers`` does for texts of that length, and a longer one the long factors.
 
     Raises:
         CheckpointError: The folder is missing or damaged, its ``model_type`` is unknown, or tensors are missing,

@@ -39,18 +39,31 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """Return the text of a conversation; raises MemtxError if the template refuses it, fails or is damaged.
 
         A message has a role, a content (a text or a list of parts) and further fields; ``tools`` are JSON schemas of
-        functions and ``variables`` further variables of the template.
+        functions and ``variables`` further variables of the template. With ``continue_final_message``, the text ends
+        in the content of the last message, which is not ended, and ``add_generation_prompt`` has no effect.
         """
         conversation = [self._prepare(message) for message in messages]
         if not conversation:
             raise MemtxError("The conversation has no message.", "Give at least one message.")
-        options = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
-        return self._render(conversation, bool(tools), {**self.special_tokens, **(variables or {}), **options})
+        begins_answer = add_generation_prompt and not continue_final_message
+        options = {"tools": tools, "documents": None, "add_generation_prompt": begins_answer}
+        variables = {**self.special_tokens, **(variables or {}), **options}
+        content = _mark_end(conversation[-1]) if continue_final_message else ""
+        text = self._render(conversation, bool(tools), variables)
+        if not continue_final_message:
+            return text
+        text, mark, rest = text.rpartition(MARK)
+        if not mark or content.strip() not in text:
+            hint = "Remove continue_final_message."
+            raise MemtxError("The chat template does not end with the last message.", hint)
+        # A template that trims the content takes the space after the mark.
+        return text if rest.startswith(" ") else text.rstrip()
 
     def render_continuation(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """Return the text after an answer of the model, whose end token was not read: end, messages and prompt.
@@ -104,6 +117,19 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             message = f"The chat template is damaged: {error.message} in line {error.lineno}."
             raise CheckpointError(message, "Restore the folder's chat template.") from error
+
+
+def _mark_end(message: Message) -> str:
+    """Put a mark and a space after the content of a message, or its last text part; return what it was."""
+    content, target, key = message.get("content"), message, "content"
+    if isinstance(content, list):
+        message["content"] = content = [{**part} for part in content]
+        target, key = next((part for part in reversed(content) if "text" in part), {}), "text"
+    text = target.get(key)
+    if not isinstance(text, str):
+        raise MemtxError("The last message has no content to continue.", "Remove continue_final_message.")
+    target[key] = f"{text}{MARK} "
+    return text
 
 
 def load_chat_template(folder: Path) -> ChatTemplate | None:

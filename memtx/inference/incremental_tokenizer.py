@@ -88,4 +88,8 @@ class IncrementalTokenizer:
         """Return the tokens of the pending text, which later text continues; raises DataError inside a character."""
         if self.pending_bytes:
             self._decoder.decode(b"", final=True)
+        return self.flush()
+
+    def flush(self) -> TokenizedText:
+        """Return the tokens of the pending text, which ends here; an incomplete character stays pending."""
         return self._to_tokens(self._encoder.flush())

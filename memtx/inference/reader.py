@@ -118,6 +118,7 @@ class ReaderSnapshot:
         pending_text, pending_bytes: Text that is not encoded yet, and bytes of an incomplete character.
         pending_contents: Bytes of the text that each of ``pending_tokens`` stands for.
         incomplete_bytes: Bytes of a character that the tokens begin and do not end.
+        parse_special: If True, special tokens in ``pending_text`` are parsed.
     """
 
     state: MemoryState
@@ -128,6 +129,7 @@ class ReaderSnapshot:
     totals: Totals
     pending_contents: tuple[bytes, ...] = ()
     incomplete_bytes: bytes = b""
+    parse_special: bool = False
 
 
 class StreamReader:
@@ -180,11 +182,15 @@ class StreamReader:
 
     @property
     def parse_special(self) -> bool:
-        """If True, text that spells a special token becomes that token."""
+        """If True, text that is fed from now on and spells a special token becomes that token."""
         return self._parse_special
 
     @parse_special.setter
     def parse_special(self, value: bool) -> None:
+        if value == self._parse_special:
+            return
+        # Pending text is read as it was meant: it is no part of a special token that begins in it.
+        self._add_pending(self._incremental_tokenizer.flush())
         self._parse_special = value
         self.restore(self.snapshot())
 
@@ -217,9 +223,12 @@ class StreamReader:
         self._pending_contents = self._pending_contents[start + count :]
         return contents
 
-    def _score_full_segments(self, tokens: TokenizedText) -> Iterator[SegmentResult]:
+    def _add_pending(self, tokens: TokenizedText) -> None:
         self._pending_tokens = np.concatenate([self._pending_tokens, tokens.ids])
         self._pending_contents += tokens.contents
+
+    def _score_full_segments(self, tokens: TokenizedText) -> Iterator[SegmentResult]:
+        self._add_pending(tokens)
         while len(self._pending_tokens) >= self.segment_length:
             yield self._score_next()
 
@@ -324,14 +333,14 @@ class StreamReader:
         """Return the current position for :meth:`restore`, without copying."""
         text, content = self._incremental_tokenizer.pending_text, self._incremental_tokenizer.pending_bytes
         contents = tuple(self._pending_contents[len(self._pending_contents) - len(self._pending_tokens) :])
-        values = (self._pending_tokens, text, content, self.totals, contents, self.incomplete_bytes)
+        values = (self._pending_tokens, text, content, self.totals, contents, self.incomplete_bytes, self.parse_special)
         return ReaderSnapshot(self.state, self.last_token, *values)
 
     def restore(self, snapshot: ReaderSnapshot) -> None:
         """Restore a snapshot of a reader with the same model and tokenizer."""
         self.state, self.last_token, self.totals = snapshot.state, snapshot.last_token, snapshot.totals
         self._pending_tokens, self._pending_contents = snapshot.pending_tokens, list(snapshot.pending_contents)
-        self.incomplete_bytes = snapshot.incomplete_bytes
+        self.incomplete_bytes, self._parse_special = snapshot.incomplete_bytes, snapshot.parse_special
         continues = bool(snapshot.totals.num_tokens or len(snapshot.pending_tokens))
         text, content = snapshot.pending_text, snapshot.pending_bytes
         self._restart_tokenizer(continues=continues, pending_text=text, pending_bytes=content)

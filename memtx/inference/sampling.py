@@ -137,7 +137,7 @@ def sample_batch(logits: Tensor, batch: Sequence[SamplingRow], vocab_size: int) 
     scores[:, :vocab_size] = logits[:, :vocab_size]
     scores[:, vocab_size:] = -math.inf
     _scatter(scores, [(row.excluded, -math.inf) for row in batch])
-    is_finite = (scores.amax(1).isfinite() & ~logits.amax(1).isnan()).tolist()
+    is_finite = scores.amax(1).isfinite() & ~logits.amax(1).isnan()
     logprob_rows = [index for index, row in enumerate(batch) if row.num_logprobs is not None]
     is_all = len(logprob_rows) == len(batch)
     num_top = max((batch[index].num_logprobs or 0 for index in logprob_rows), default=0)
@@ -152,7 +152,7 @@ def sample_batch(logits: Tensor, batch: Sequence[SamplingRow], vocab_size: int) 
         count = min(-(-num_top // 32) * 32, vocab_size)
         top = top_k(scores if is_all else scores[logprob_rows], count)
     _apply_bias_and_penalties(scores, batch)
-    tokens = _sample(scores, batch, is_finite)
+    tokens, is_valid = _sample(scores, batch, is_finite)
     sampled: list[SampledToken | MemtxError] = [SampledToken(token) for token in tokens]
     if log_norms is not None:
         chosen = torch.tensor([[tokens[index]] for index in logprob_rows], device=logits.device)
@@ -163,7 +163,7 @@ def sample_batch(logits: Tensor, batch: Sequence[SamplingRow], vocab_size: int) 
             pairs = [pair for pair in zip(ids, values, strict=True) if pair[1] > -math.inf]
             sampled[index] = SampledToken(tokens[index], logprob, tuple(pairs[: batch[index].num_logprobs]))
     error = MemtxError("The model's logits are not finite.", "Try another --dtype, or an earlier checkpoint.")
-    return [token if valid else error for token, valid in zip(sampled, is_finite, strict=True)]
+    return [token if valid else error for token, valid in zip(sampled, is_valid, strict=True)]
 
 
 def _scatter(scores: Tensor, entries: Sequence[tuple[Collection[int], float]]) -> None:
@@ -208,15 +208,16 @@ def _apply_bias_and_penalties(scores: Tensor, batch: Sequence[SamplingRow]) -> N
         flat[index] = values - frequency * count - presence * (count > 0)
 
 
-def _sample(scores: Tensor, batch: Sequence[SamplingRow], is_finite: Sequence[bool]) -> list[int]:
-    """Return the ids; those of rows that are not finite are arbitrary."""
+def _sample(scores: Tensor, batch: Sequence[SamplingRow], is_finite: Tensor) -> tuple[list[int], list[int]]:
+    """Return the ids, and 1 for each row that is finite; the ids of others are arbitrary."""
     blocks = scores.view(len(scores), -1, BLOCK)
     block_max = blocks.amax(-1)
     best_block = block_max.argmax(1)
     arange = torch.arange(len(scores), device=scores.device)
     best = best_block * BLOCK + blocks[arange, best_block].argmax(1)
-    tokens: list[int] = best.tolist()
-    indices = [index for index, row in enumerate(batch) if is_finite[index] and not row.params.is_greedy]
+    # The device is waited for once.
+    tokens, is_valid = torch.stack([best, is_finite.to(best.dtype)]).tolist()
+    indices = [index for index, row in enumerate(batch) if is_valid[index] and not row.params.is_greedy]
     if indices:
         is_all = len(indices) == len(batch)
         highest = block_max.amax(1, keepdim=True)
@@ -224,4 +225,4 @@ def _sample(scores: Tensor, batch: Sequence[SamplingRow], is_finite: Sequence[bo
         params, randoms = [batch[index].params for index in indices], [batch[index].random for index in indices]
         for index, token in zip(indices, draw_tokens(*args, params, randoms), strict=True):
             tokens[index] = token
-    return tokens
+    return tokens, is_valid

@@ -120,13 +120,13 @@ def _draw_any(
     ps = [param.typical_p if is_typical else param.top_p for param in params]
     if not is_typical:
         limits = _column(ps, weights).double() * _sum(weights)
-    _keep_at_least(weights, _column([param.min_p for param in params], weights))
+    _keep_at_least(weights, [param.min_p for param in params])
     ranks = None
     if is_typical:
         totals = _sum(weights)
         limits, ranks = _column(ps, weights).double() * totals, _distance_to_entropy(weights, totals)
     limits.masked_fill_(torch.tensor(ps, device=weights.device)[:, None] >= 1, math.inf)
-    return _draw_until_accepted(weights, ranks, limits, randoms)
+    return _draw_until_accepted(weights, ranks, limits if min(ps) < 1 else None, randoms)
 
 
 def _distance_to_entropy(weights: Tensor, totals: Tensor) -> Tensor:
@@ -136,13 +136,15 @@ def _distance_to_entropy(weights: Tensor, totals: Tensor) -> Tensor:
     return log_weights.neg_().add_((totals.log() - entropy).to(weights.dtype)).abs_()
 
 
-def _draw_until_accepted(weights: Tensor, ranks: Tensor | None, limits: Tensor, randoms: Sequence[Random]) -> list[int]:
+def _draw_until_accepted(
+    weights: Tensor, ranks: Tensor | None, limits: Tensor | None, randoms: Sequence[Random]
+) -> list[int]:
     """Return ids sampled by weights, of those before which tokens of less than the limit rank.
 
     Args:
         weights: ``(batch, length)``, probabilities up to a factor.
         ranks: ``(batch, length)``, lower ones first. None ranks by weight, the largest first.
-        limits: ``(batch, 1)`` float64, sums of weights.
+        limits: ``(batch, 1)`` float64, sums of weights. None accepts all.
         randoms: Sources of random numbers of the rows.
     """
     tokens = [0] * len(randoms)
@@ -150,10 +152,8 @@ def _draw_until_accepted(weights: Tensor, ranks: Tensor | None, limits: Tensor, 
     while pending:
         uniform = torch.tensor([[randoms[index].random()] for index in pending], dtype=torch.float64)
         sampled = _inverse_cdf(weights, uniform.to(weights.device))
-        for index, token in zip(pending, sampled[:, 0].tolist(), strict=True):
-            tokens[index] = token
-        if not bool(limits.isfinite().any()):
-            break
+        if limits is None:
+            return [token for (token,) in sampled.tolist()]
         border = (weights if ranks is None else ranks).gather(1, sampled)
         before = workspace("before", len(weights), weights.shape[1], weights.device)
         if ranks is None:
@@ -163,12 +163,15 @@ def _draw_until_accepted(weights: Tensor, ranks: Tensor | None, limits: Tensor, 
         else:
             before = torch.sub(border, ranks, out=workspace("before", len(weights), weights.shape[1], weights.device))
             before.sign_().clamp_(min=0).mul_(weights)
-        is_rejected = (_sum(before) >= limits)[:, 0]
+        # The device is waited for once a round.
+        results = torch.cat([sampled, (_sum(before) >= limits).to(sampled.dtype)], 1).tolist()
+        for index, (token, _) in zip(pending, results, strict=True):
+            tokens[index] = token
+        rejected = [position for position, (_, is_rejected) in enumerate(results) if is_rejected]
         # All that ranks after a rejected token is rejected with it.
-        rejected = is_rejected.nonzero()[:, 0]
         weights, limits = before[rejected], limits[rejected]
         ranks = None if ranks is None else ranks[rejected]
-        pending = [pending[position] for position in rejected.tolist()]
+        pending = [pending[position] for position in rejected]
     return tokens
 
 
@@ -199,12 +202,12 @@ def _first_above(ends: Tensor, target: Tensor) -> Tensor:
     return torch.minimum((ends <= target).sum(1, keepdim=True), last_step)
 
 
-def _keep_at_least(weights: Tensor, floors: Tensor) -> None:
-    """Set weights below the floors, ``(batch, 1)``, to 0; a floor of 0 keeps all."""
-    indices = (floors[:, 0] > 0).nonzero()[:, 0]
-    if len(indices):
+def _keep_at_least(weights: Tensor, floors: Sequence[float]) -> None:
+    """Set weights of each row below its floor to 0; a floor of 0 keeps all."""
+    indices = [index for index, floor in enumerate(floors) if floor > 0]
+    if indices:
         is_all = len(indices) == len(weights)
-        part, floor = (weights, floors) if is_all else (weights[indices], floors[indices])
+        part, floor = weights if is_all else weights[indices], _column([floors[index] for index in indices], weights)
         # Scaled by the floor, so that one number is the threshold of all rows; a quotient of equal numbers is exact.
         F.threshold(part.div_(floor), BELOW_ONE, 0.0, inplace=True).mul_(floor)
         if not is_all:

@@ -41,6 +41,8 @@ class ChatMessage(BaseModel):
 class ChatBody(GenerationBody):
     """``POST /v1/chat/completions``; with ``session``, the conversation goes on from a state of constant size.
 
+    With ``continue_final_message``, the text goes on with the last message. ``add_generation_prompt`` defaults to True
+    otherwise: the text begins an answer.
     The fields from ``metadata`` on have no effect on the text.
     """
 
@@ -56,7 +58,8 @@ class ChatBody(GenerationBody):
     tool_choice: str | dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
     reasoning_effort: str | None = None
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -70,6 +73,11 @@ class ChatBody(GenerationBody):
             ("top_logprobs", self.top_logprobs is not None and not self.logprobs, "needs logprobs; set it to true"),
             ("tool_choice", self.tool_choice not in (None, "none", "auto"), "must be none or auto"),
             ("response_format", (self.response_format or {}).get("type", "text") != "text", "must be text"),
+            (
+                "continue_final_message",
+                self.continue_final_message and self.add_generation_prompt,
+                "and add_generation_prompt exclude each other; remove one of them",
+            ),
             ("save", self.session is None and self.save, "needs session; set session or remove save"),
             ("n", self.session is not None and (self.n or 1) > 1, "must be 1, since a session continues with one text"),
         ):
@@ -93,6 +101,7 @@ class ChatBody(GenerationBody):
         return {
             "tools": None if self.tool_choice == "none" else self.tools,
             "messages": [message.to_template() for message in self.messages],
-            "add_generation_prompt": self.add_generation_prompt,
+            "add_generation_prompt": self.add_generation_prompt is not False,
+            "continue_final_message": self.continue_final_message,
             "variables": effort | (self.chat_template_kwargs or {}),
         }

@@ -182,14 +182,16 @@ class GenerateBody(GenerationBody):
     """``POST /v1/sessions/ID/generate``; with ``update_session``, the session reads the prompt and the new text."""
 
     prompt: Text = ""
+    parse_special: bool = False
     update_session: bool = False
     save: bool = False
 
 
 class CreateBody(RequestBody):
-    """``POST /v1/sessions``."""
+    """``POST /v1/sessions``; ``parse_special`` here and below as in :class:`CompletionBody`."""
 
     text: Text = ""
+    parse_special: bool = False
     save: bool = False
 
 
@@ -197,6 +199,7 @@ class FeedBody(RequestBody):
     """``POST /v1/sessions/ID/feed``; with ``end_of_text``, a remainder shorter than a segment is also read."""
 
     text: Text
+    parse_special: bool = False
     end_of_text: bool = False
     save: bool = False
 
@@ -205,6 +208,7 @@ class ScoreBody(RequestBody):
     """``POST /v1/sessions/ID/score``."""
 
     text: Text
+    parse_special: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     return_hidden_states: bool = False
 

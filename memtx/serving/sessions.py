@@ -71,7 +71,8 @@ def create(body: CreateBody, pool: Pool, deadline: Deadline) -> dict[str, Any]:
     """Create a session and read the start of its text, if given."""
     session_id = pool.create()
     try:
-        results = pool.feed(session_id, body.text, save=body.save, deadline=deadline)
+        options: dict[str, Any] = {"parse_special": body.parse_special, "save": body.save, "deadline": deadline}
+        results = pool.feed(session_id, body.text, **options)
     except BaseException:
         pool.delete(session_id)
         raise
@@ -108,7 +109,8 @@ def delete(session_id: str, pool: Pool, deadline: Deadline) -> Response:
 @router.post("/{session_id}/feed")
 def feed(session_id: str, body: FeedBody, pool: Pool, deadline: Deadline) -> dict[str, Any]:
     """Read more text, all or nothing; a remainder shorter than a segment waits for more text or ``end_of_text``."""
-    results = pool.feed(session_id, body.text, end_of_text=body.end_of_text, save=body.save, deadline=deadline)
+    options: dict[str, Any] = {"parse_special": body.parse_special, "save": body.save, "deadline": deadline}
+    results = pool.feed(session_id, body.text, end_of_text=body.end_of_text, **options)
     return describe_session(pool, session_id) | {"segments": [segment_to_dict(result) for result in results]}
 
 
@@ -116,6 +118,7 @@ def feed(session_id: str, body: FeedBody, pool: Pool, deadline: Deadline) -> dic
 def score(session_id: str, body: ScoreBody, pool: Pool, deadline: Deadline) -> dict[str, Any]:
     """Score a continuation without changing the session; text that waits in it is scored first."""
     settings: dict[str, Any] = {"num_logprobs": body.logprobs, "return_hidden_states": body.return_hidden_states}
+    settings["parse_special"] = body.parse_special
     totals, results = pool.score(session_id, body.text, deadline=deadline, **settings)
     nll = sum(float(result.nll.sum(dtype="float64")) for result in results)
     num_bytes = sum(len(content) for result in results for content in result.token_bytes)
@@ -140,7 +143,8 @@ async def generate(
         if body.save:
             hint = "Remove save, or set update_session."
             raise APIError(400, "save has no effect without update_session.", hint, param="save")
-        reader = await to_thread.run_sync(lambda: pool.fork_reader(session_id, deadline=deadline))
+        fork = partial(pool.fork_reader, session_id, parse_special=body.parse_special, deadline=deadline)
+        reader = await to_thread.run_sync(fork)
         namespace = request.headers.get("authorization", "")
         prefill = partial(service.prefill, reader, body.prompt, body, deadline, namespace=namespace)
         prompt = await to_thread.run_sync(prefill)
@@ -148,9 +152,8 @@ async def generate(
     if len(configs) != 1:
         raise APIError(400, f"update_session takes one text, but n is {len(configs)}.", "Set n to 1.", param="n")
     started: list[Generation] = []
-    deltas = pool.generate_and_append(
-        session_id, body.prompt, configs[0], save=body.save, deadline=deadline, on_start=started.append
-    )
+    options: dict[str, Any] = {"parse_special": body.parse_special, "save": body.save, "deadline": deadline}
+    deltas = pool.generate_and_append(session_id, body.prompt, configs[0], on_start=started.append, **options)
     # Awaited here, so that an error of the request gets a status code of its own.
     first = await to_thread.run_sync(next, deltas, None)
     generator = started[0].token_generator if started else TokenGenerator(pool.tokenizer, 0, [], configs[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -60,22 +60,29 @@ def h100_in_name() -> Iterator[None]:
     has_triton.cache_clear()
 
 
-def compile_timed(model: torch.nn.Module) -> tuple[Callable[..., Any], list[float]]:
-    """Return a compiled model, and a list to which each graph appends the processor time of its code generation."""
-    seconds: list[float] = []
-    activate_target(90)
+class InductorTimer:
+    """A backend of ``torch.compile`` that generates code for its first graph only, and runs all graphs uncompiled.
 
-    def compile_graph(graph: Any, inputs: Any, **kwargs: Any) -> Any:
+    Attributes:
+        num_graphs: Number of graphs.
+        seconds: Processor time of the code generation, forward and backward.
+    """
+
+    def __init__(self) -> None:
+        self.num_graphs, self.seconds = 0, list[float]()
+        activate_target(90)
+
+    def _compile_graph(self, graph: Any, inputs: Any, **kwargs: Any) -> Any:
         began = time.process_time()
         with h100_in_name():
             compiled = compile_fx_inner(graph, inputs, **kwargs)
-        seconds.append(time.process_time() - began)
+        self.seconds.append(time.process_time() - began)
         return compiled
 
-    def backend(graph: Any, inputs: Any) -> Any:
-        options = {"joint_graph_constant_folding": False, "shape_padding": False}
-        with config.patch(options), functorch_config.patch(force_non_lazy_backward_lowering=True):
-            compile_fx(graph, inputs, inner_compile=compile_graph)
-        return graph.forward  # runs uncompiled
-
-    return torch.compile(model, backend=backend, dynamic=False, fullgraph=True), seconds
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        self.num_graphs += 1
+        if self.num_graphs == 1:
+            options = {"joint_graph_constant_folding": False, "shape_padding": False}
+            with config.patch(options), functorch_config.patch(force_non_lazy_backward_lowering=True):
+                compile_fx(graph, inputs, inner_compile=self._compile_graph)
+        return graph.forward

@@ -13,6 +13,7 @@ import torch
 
 from memtx.checkpoint.load import load_model_and_tokenizer
 from memtx.data.tokenizers import Tokenizer
+from memtx.hf.loader import DECODERS
 from memtx.inference.decoder import Decoder
 from memtx.inference.generate import GenerationConfig, TextDelta, TokenGenerator, generate
 from memtx.inference.reader import StreamReader
@@ -23,10 +24,24 @@ FOLDERS = sorted(path.parent for path in (Path(__file__).parent / "recorded").gl
 GREEDY = SamplingParams(greedy=True)
 
 
-@pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name, scope="module")
+def windows(folder: Path) -> list[int | None]:
+    """Return the windows that the records of a folder need; None is the trained length."""
+    return list(dict.fromkeys(record.get("window") for record in json.loads((folder / "recorded.json").read_text())))
+
+
+CASES = [
+    pytest.param((folder, window), id=folder.name if window is None else f"{folder.name}-window-{window}")
+    for folder in FOLDERS
+    for window in windows(folder)
+]
+
+
+@pytest.fixture(params=CASES, scope="module")
 def case(request: pytest.FixtureRequest) -> tuple[MemoryTransformer, Tokenizer, list[dict[str, Any]]]:
-    model, tokenizer = load_model_and_tokenizer(request.param)
-    return model, tokenizer, json.loads((request.param / "recorded.json").read_text())
+    folder, window = request.param
+    model, tokenizer = load_model_and_tokenizer(folder, window)
+    records = json.loads((folder / "recorded.json").read_text())
+    return model, tokenizer, [record for record in records if record.get("window") == window]
 
 
 def odd_pieces(text: str) -> Iterator[bytes]:
@@ -45,6 +60,18 @@ def run(reader: StreamReader, config: GenerationConfig) -> tuple[TokenGenerator,
         deltas.append(token_generator.advance(logits[0]))
         ids.append(token_generator.next_token)
     return token_generator, ids, deltas
+
+
+def test_every_decoder_layout_is_recorded() -> None:
+    assert {folder.name for folder in FOLDERS} == set(DECODERS)
+
+
+def test_a_line_says_which_factors_scale_the_positions(caplog: pytest.LogCaptureFixture) -> None:
+    folder = next(folder for folder in FOLDERS if folder.name == "phi3")
+    load_model_and_tokenizer(folder, 96)
+    assert not caplog.text
+    load_model_and_tokenizer(folder)
+    assert "scaled by long_factor, as for texts beyond 96 tokens; a window of at most as many" in caplog.text
 
 
 @pytest.mark.parametrize("segment_length", [512, 3])

@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from memtx.errors import MemtxError
 from memtx.inference.generate import GenerationConfig
@@ -128,6 +130,49 @@ def test_a_row_gives_the_same_alone_and_in_a_batch(
         has_penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
         if params.is_greedy and not params.logit_bias and not has_penalties:
             assert logits[index, sampled.token] == logits[index, allowed].max()
+
+
+class HostReadCounter(TorchFunctionMode):
+    """Counts calls for which the host waits for a GPU."""
+
+    READS = (
+        Tensor.tolist, Tensor.item, Tensor.cpu, Tensor.numpy, Tensor.nonzero, Tensor.masked_select, torch.nonzero,
+        Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.unique, torch.unique,
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        has_mask = func in (Tensor.__getitem__, Tensor.__setitem__) and getattr(args[1], "dtype", None) == torch.bool
+        self.count += func in self.READS or has_mask
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("values", "num_logprobs", "max_reads"),
+    [
+        ({"greedy": True}, None, 1),
+        ({}, None, 2),
+        ({"top_k": 40, "top_p": 0.9, "min_p": 0.01, "typical_p": 0.9, "presence_penalty": 1.0}, None, 2),
+        # A round is repeated for the rows whose token was rejected: with probability 0.1, so that all of 64 rows
+        # accept within 5 rounds but once in 1,600 times.
+        ({"top_p": 0.9, "logit_bias": {1: 2.0}}, None, 6),
+        ({"typical_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}, None, 6),
+        ({}, 5, 5),
+    ],
+)
+def test_the_host_waits_for_the_device_as_often_for_many_texts(
+    values: dict[str, Any], num_logprobs: int | None, max_reads: int
+) -> None:
+    logits = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+    batch = [
+        SamplingRow(to_params(values), Random(seed), TokenCounts([seed, 7]), {3}, num_logprobs) for seed in range(64)
+    ]
+    with HostReadCounter() as counter:
+        sample_batch(logits, batch, 4000)
+    assert 1 <= counter.count <= max_reads
 
 
 @given(st.integers(1, 60), st.sampled_from([64, 1000, 4096]), st.integers(0, 99))

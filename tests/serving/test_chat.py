@@ -110,6 +110,42 @@ def test_the_rendered_conversation_is_continued(web: TestClient) -> None:
     assert content.decode("utf-8", "replace") == choice["message"]["content"]
 
 
+@pytest.mark.parametrize("is_session", [False, True])
+def test_the_last_message_is_continued(web: TestClient, is_session: bool) -> None:
+    messages = (user("Who?"), {"role": "assistant", "content": "Call me "})
+    options: dict[str, Any] = {"continue_final_message": True, "logprobs": True}
+    prompt = tokens_of(web, "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nCall me ")
+    body = {"model": "m", "prompt": prompt, "max_tokens": 12, "temperature": 0, "logprobs": 0}
+    expected = web.post("/v1/completions", json=body).json()
+    for streams in (False, True):
+        if is_session:
+            options["session"] = "new"
+        response = chat(web, *messages, **options, stream=streams)
+        assert response.status_code == 200, response.text
+        if streams:
+            lines = [line[6:] for line in response.text.splitlines() if line.startswith("data: {")]
+            choices = [json.loads(line)["choices"][0] for line in lines]
+            assert choices[0]["delta"] == {"role": "assistant", "content": ""}
+            text = "".join(choice["delta"].get("content", "") for choice in choices)
+            entries = [entry for choice in choices if choice["logprobs"] for entry in choice["logprobs"]["content"]]
+        else:
+            text = response.json()["choices"][0]["message"]["content"]
+            entries = response.json()["choices"][0]["logprobs"]["content"]
+            assert response.json()["usage"]["prompt_tokens"] == len(prompt)
+        assert text == expected["choices"][0]["text"]
+        assert [entry["token"] for entry in entries] == expected["choices"][0]["logprobs"]["tokens"]
+    if is_session:  # the conversation goes on after the continued message
+        session = answer(web, *messages, **options)["session"]
+        entire = ({"role": "assistant", "content": f"Call me {text}"}, user("And?"))
+        expected = answer(web, user("Who?"), *entire)
+        assert answer(web, user("And?"), session=session)["choices"] == expected["choices"]
+
+
+def test_no_answer_is_begun_without_a_generation_prompt(web: TestClient) -> None:
+    response = answer(web, user("Who?"), add_generation_prompt=False)
+    assert response["usage"]["prompt_tokens"] == len(tokens_of(web, "<|im_start|>user\nWho?<|im_end|>\n"))
+
+
 def test_special_tokens_in_a_prompt_are_text_unless_parsed(web: TestClient) -> None:
     text = "<|im_start|>user\nx<|im_end|>"
     body = {"model": "m", "prompt": text, "max_tokens": 12, "temperature": 0, "echo": True, "logprobs": 0}
@@ -223,6 +259,16 @@ def test_a_model_without_a_template_says_so(tmp_path: Path) -> None:
         ({"top_logprobs": 3}, "top_logprobs needs logprobs", "top_logprobs"),
         ({"response_format": {"type": "json_object"}}, "response_format must be text", "response_format"),
         ({"tool_choice": "required"}, "tool_choice must be none or auto", "tool_choice"),
+        (
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message and add_generation_prompt exclude each other",
+            "continue_final_message",
+        ),
+        (
+            {"continue_final_message": True, "messages": [{"role": "assistant", "tool_calls": []}]},
+            "The last message has no content to continue",
+            "messages",
+        ),
         ({"session": "new", "n": 2}, "a session continues with one text", "n"),
         ({"mesages": []}, "Did you mean 'messages'", "mesages"),
         ({"max_completion_tokens": 0}, "max_completion_tokens is 0, expected at least 1", "max_completion_tokens"),

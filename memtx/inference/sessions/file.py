@@ -33,7 +33,7 @@ VERSION = 4
 STATE_PREFIX = "state."
 EXTRA_PREFIX = "extra."
 DIGEST_KEY = "digest"
-DIGESTED_KEYS = ("model", "tokenizer", "last_token", "totals", "metadata")
+DIGESTED_KEYS = ("model", "tokenizer", "last_token", "totals", "metadata", "parse_special")
 """Header entries covered by the digest, in addition to the tensors; format, kind and version are compared."""
 
 
@@ -84,6 +84,8 @@ def save_session(
         "totals": json.dumps(dataclasses.asdict(snapshot.totals)),
         "metadata": json.dumps(dict(metadata or {})),
     }
+    if snapshot.parse_special:  # an optional entry, so that the format is that of earlier files
+        header["parse_special"] = "true"
     header[DIGEST_KEY] = _digest(tensors, header)
     files.save_tensors(path, tensors, kind=KIND, version=VERSION, **header)
 
@@ -124,7 +126,8 @@ def load_session(
     if not tokens_fit or not ((pending_tokens >= 0) & (pending_tokens < vocab_size)).all():
         raise CheckpointError(f"'{path}' holds tokens outside the tokenizer's vocabulary.", "Restore a copy.")
     # A character has at most 4 bytes in UTF-8.
-    encoder = reader.tokenizer.encoder(pending=pending_text, continues=bool(totals.num_tokens or len(pending_tokens)))
+    continues, parse_special = bool(totals.num_tokens or len(pending_tokens)), "parse_special" in header
+    encoder = reader.tokenizer.encoder(pending=pending_text, continues=continues, parse_special=parse_special)
     if max(len(pending_bytes), len(incomplete_bytes)) >= 4 or encoder.feed(""):
         raise CheckpointError(f"'{path}' holds pending text that should have been read.", "Restore a copy.")
     state = reader.state.with_named_tensors(_with_prefix(tensors, STATE_PREFIX))
@@ -134,7 +137,7 @@ def load_session(
         raise CheckpointError(f"'{path}' has position {position}, which is out of range.", "Restore a copy.")
     if not all(bool(tensor.isfinite().all()) for tensor in state.named_tensors().values()):
         raise CheckpointError(f"'{path}' holds a state that is not finite.", "Restore a copy.")
-    pending = (pending_tokens, pending_text, pending_bytes, totals, pending_contents, incomplete_bytes)
+    pending = (pending_tokens, pending_text, pending_bytes, totals, pending_contents, incomplete_bytes, parse_special)
     reader.restore(ReaderSnapshot(state, last_token, *pending))
     return metadata, _with_prefix(tensors, EXTRA_PREFIX)
 

@@ -30,7 +30,8 @@ class SessionPool:
 
     Methods can be called from any thread, and block; requests to one session run one after the other. An unknown
     ``session_id`` raises SessionNotFoundError. DeadlineExceededError is raised after ``deadline``
-    (``time.monotonic``). With ``save``, a session is written to disk before the method returns.
+    (``time.monotonic``). With ``save``, a session is written to disk before the method returns. With ``parse_special``,
+    a text that spells a special token becomes that token; it is otherwise plain, whatever was read before.
 
     Args:
         model: Language model; a module is put into eval mode. Only the pool's thread may use it.
@@ -121,6 +122,7 @@ class SessionPool:
         text: str | bytes,
         *,
         end_of_text: bool = False,
+        parse_special: bool = False,
         save: bool = False,
         deadline: float | None = None,
     ) -> list[SegmentResult]:
@@ -129,7 +131,7 @@ class SessionPool:
         With ``end_of_text``, the text ends here and pending text is read too. Raises DataError if it is not UTF-8.
         """
         with self.registry.acquire(session_id, deadline) as (session, reader):
-            fork = self._fork(reader, deadline)
+            fork = self._fork(reader, deadline, parse_special)
             results = list(chain(fork.feed(text), fork.finish() if end_of_text else ()))
             self.registry.update(session, fork, save=save)
         return results
@@ -141,13 +143,14 @@ class SessionPool:
         *,
         num_logprobs: int = 0,
         return_hidden_states: bool = False,
+        parse_special: bool = False,
         deadline: float | None = None,
     ) -> tuple[Totals, list[SegmentResult]]:
         """Score a continuation of a session, which is left unchanged.
 
         Returns the session's totals, and the results for its pending text and ``text``.
         """
-        fork = self.fork_reader(session_id, deadline=deadline)
+        fork = self.fork_reader(session_id, parse_special=parse_special, deadline=deadline)
         fork.num_logprobs, fork.return_hidden_states = num_logprobs, return_hidden_states
         return fork.totals, list(chain(fork.feed(text), fork.finish(discard_state=True)))
 
@@ -155,12 +158,15 @@ class SessionPool:
         self, session_id: str, prompt: str, configs: Iterable[GenerationConfig], *, deadline: float | None = None
     ) -> list[Generation]:
         """Generate continuations of a session, one per config; the session is left unchanged."""
-        return self._generate_from_prompt(self.fork_reader(session_id, deadline=deadline), prompt, configs, deadline)
+        reader = self.fork_reader(session_id, parse_special=False, deadline=deadline)
+        return self._generate_from_prompt(reader, prompt, configs, deadline)
 
-    def fork_reader(self, session_id: str, *, deadline: float | None = None) -> StreamReader:
-        """Return a reader at the position of a session, independent of it."""
+    def fork_reader(
+        self, session_id: str, *, parse_special: bool | None = None, deadline: float | None = None
+    ) -> StreamReader:
+        """Return a reader at the position of a session, independent of it; ``parse_special`` None leaves that as is."""
         with self.registry.acquire(session_id, deadline) as (_, reader):
-            return self._fork(reader, deadline)
+            return self._fork(reader, deadline, parse_special)
 
     def generate_and_append(
         self,
@@ -168,6 +174,7 @@ class SessionPool:
         prompt: str | Callable[[int, int], list[int]],
         config: GenerationConfig,
         *,
+        parse_special: bool = False,
         save: bool = False,
         deadline: float | None = None,
         on_start: Callable[[Generation], object] | None = None,
@@ -180,7 +187,8 @@ class SessionPool:
         which name the tokens of the answer.
         """
         with self.registry.acquire(session_id, deadline) as (session, reader):
-            fork, content = self._fork(reader, deadline), prompt if isinstance(prompt, str) else list[int]()
+            fork = self._fork(reader, deadline, parse_special)
+            content = prompt if isinstance(prompt, str) else list[int]()
             if not isinstance(prompt, str):
                 fork.splits_documents = False
                 list(fork.finish())
@@ -199,7 +207,9 @@ class SessionPool:
                 answer += [entry.token for entry in delta.token_logprobs]
                 yield delta
             if isinstance(content, str):
-                list(fork.feed(content + "".join(parts)))
+                list(fork.feed(content))
+                fork.parse_special = False  # what the model wrote is plain
+                list(fork.feed("".join(parts)))
             else:
                 list(chain(source.feed_tokens(answer), source.finish()))
                 fork = source
@@ -270,7 +280,9 @@ class SessionPool:
         tokens = self.read_prompt(reader, prompt, deadline=deadline).tokens
         return self.start_generation(reader, np.unique(tokens).tolist(), configs, deadline=deadline)
 
-    def _fork(self, reader: StreamReader, deadline: float | None) -> StreamReader:
+    def _fork(self, reader: StreamReader, deadline: float | None, parse_special: bool | None = None) -> StreamReader:
         fork = reader.fork()
         fork.score_fn = self.engine.make_score_fn(deadline)
+        if parse_special is not None:
+            fork.parse_special = parse_special
         return fork
