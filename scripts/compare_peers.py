@@ -91,8 +91,8 @@ def read_books(model: nn.Module, read: Read, root: Path, tokenizer: Any) -> list
     for start in range(0, tokens.shape[1] - 1, SEGMENT_LENGTH):
         stop = min(start + SEGMENT_LENGTH, tokens.shape[1] - 1)
         part = tokens[:, start:stop]
-        starts = torch.zeros_like(part, dtype=torch.bool)
-        _, values, state = read(part, labels[:, start + 1 : stop + 1], starts, state)
+        document_starts = torch.zeros_like(part, dtype=torch.bool)
+        _, values, state = read(part, labels[:, start + 1 : stop + 1], document_starts, state)
         nats += values.double().sum(1)
         state = pytree.tree_map_only(Tensor, Tensor.detach, state)
     model.train()
