@@ -5,7 +5,7 @@
 
 All learn from the same batches in the same order (16 rows, 2 calls of 64 tokens, a BPE of 2,048) with AdamW, a cosine
 over the seconds, bfloat16 autocast, and one thread; they carry what they keep from batch to batch. A system sees as
-many batches as it gets through. The first 120 kB of every validation book are read with the state carried, at quarters
+many batches as it gets through. The first 120 kB of every validation book are read with the state carried, at thirds
 of the time; reading is not counted.
 
 Every run is saved in --output-dir, so the script can be interrupted and restarted. Other processes on the machine
@@ -41,7 +41,7 @@ from memtx.data.books import BookDataModule
 from memtx.data.tokenizers import BytePairTokenizer
 from memtx.ops.cpu.malloc import retain_freed_memory
 
-NUM_READINGS = 4
+NUM_READINGS = 3
 WARMUP = 0.05
 """Fraction of the time in which the learning rate grows."""
 AUTOCAST = partial(torch.autocast, "cpu", torch.bfloat16)
