@@ -6,6 +6,8 @@ there, run ``python -m memtx.evaluation.harness`` in place of ``lm_eval``.
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,9 +45,10 @@ class HarnessModel(LM):  # type: ignore[misc]
 
     Args:
         pretrained: Model folder, checkpoint or run folder; ``window`` as in :func:`memtx.checkpoint.load.load`.
-        device, dtype: Placement and dtype of the weights. Default to the CPU and the checkpoint's dtype.
-        options: ``max_gen_toks``, the maximum number of generated tokens where a task sets none (256), and options of
-            :class:`~memtx.inference.sessions.pool.SessionPool`, such as ``segment_length``.
+        device, dtype: Placement and dtype of the weights. Default to the CPU and the checkpoint's dtype, as "auto".
+            As in the harness's own models, a CUDA device, its default, is the CPU where there is none.
+        max_gen_toks: Maximum number of generated tokens where a task sets none.
+        options: Options of :class:`~memtx.inference.sessions.pool.SessionPool`, such as ``segment_length``.
     """
 
     def __init__(
@@ -54,17 +57,27 @@ class HarnessModel(LM):  # type: ignore[misc]
         device: str | None = None,
         dtype: str | None = None,
         window: int | None = None,
+        max_gen_toks: int = 256,
         **options: Any,
     ) -> None:
         super().__init__()
+        # The harness gives batch sizes; requests are batched as they come.
+        options = {name: value for name, value in options.items() if "batch_size" not in name}
+        pool_options = [*inspect.signature(SessionPool).parameters][2:]
+        if unknown := options.keys() - pool_options:
+            names = ", ".join([*inspect.signature(HarnessModel).parameters][:-1] + pool_options)
+            raise MemtxError(f"'{min(unknown)}' in model_args is not an option of memtx.", f"Use one of {names}.")
+        weights_dtype = None if dtype in (None, "auto") else getattr(torch, dtype, None)
+        if dtype not in (None, "auto") and not isinstance(weights_dtype, torch.dtype):
+            raise MemtxError(f"dtype is '{dtype}', expected the name of a dtype.", "Give float32, bfloat16 or float16.")
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            device = "cpu"
         model, self.tokenizer = load_model_and_tokenizer(pretrained, window)
-        model.to(device=device or "cpu", dtype=getattr(torch, dtype) if dtype else None)
+        model.to(device=device or "cpu", dtype=weights_dtype)
         folder = Path(pretrained)
         self._template = load_chat_template(folder) if folder.is_dir() else None
         self._prefix_token = _find_prefix_token(folder, self.tokenizer)
-        self.max_gen_toks = options.pop("max_gen_toks", 256)
-        # The harness gives batch sizes; requests are batched as they come.
-        options = {name: value for name, value in options.items() if "batch_size" not in name}
+        self.max_gen_toks = max_gen_toks
         self.pool = SessionPool(model, self.tokenizer, **{"prefix_cache_bytes": 1 << 30, **options})
 
     def _map(self, name: str, function: Callable[..., Any], requests: Sequence[Any]) -> list[Any]:
@@ -164,4 +177,7 @@ def _find_prefix_token(folder: Path, tokenizer: Tokenizer) -> int | None:
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except MemtxError as error:
+        sys.exit(f"memtx: {error}")

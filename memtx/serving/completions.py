@@ -14,6 +14,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from memtx.errors import MemtxError
 from memtx.inference.chat_template import ChatTemplate
 from memtx.inference.engine import Generation
 from memtx.inference.generate import GenerationConfig, TextDelta, TokenGenerator, TokenLogprob
@@ -79,7 +80,7 @@ class CompletionService:
     def build_configs(self, body: GenerationBody, num_prompts: int = 1) -> list[GenerationConfig]:
         """Return the settings of each text of a request, prompt by prompt.
 
-        Raises MemtxError if a number is out of range, or APIError if it exceeds a limit.
+        Raises APIError if a number is out of range or exceeds a limit.
         """
         num_texts, limits = body.num_candidates * num_prompts, self.limits
         candidates = "best_of" if body.num_candidates > (body.n or 1) else "n"
@@ -94,7 +95,11 @@ class CompletionService:
                 raise APIError(400, f"{name} ({value}) must be at most {maximum}.", "Ask for less.", param=param)
         seed = body.seed if body.seed is not None else secrets.randbits(48)
         # A seed per text that depends on its index only, so that equal requests give equal texts.
-        return body.to_generation_configs([(seed + index) % 2**63 for index in range(num_texts)])
+        try:
+            return body.to_generation_configs([(seed + index) % 2**63 for index in range(num_texts)])
+        except MemtxError as error:
+            param = error.message.partition(" ")[0]  # the message begins with the name of the option
+            raise APIError(400, error.message, error.hint, param=param) from error
 
     def prefill(
         self,

@@ -70,7 +70,7 @@ def check_model(requested: str, model_name: str) -> None:
     """Raise APIError unless a request names the served model."""
     if requested != model_name:
         message = f"There is no model '{requested[:80]}', only '{model_name}'."
-        raise APIError(404, message, "GET /v1/models lists it.", param="model")
+        raise APIError(404, message, "GET /v1/models lists it.", code="model_not_found", param="model")
 
 
 def _from_validation_error(error: RequestValidationError) -> APIError:

@@ -124,6 +124,19 @@ def test_the_dtype_is_the_given_one(harness: ModuleType, folder: Path) -> None:
     assert lm.tokenizer_name.startswith("memtx-")
 
 
+def test_arguments_of_the_harness_are_taken_or_explained(
+    harness: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    lm = harness.HarnessModel(str(folder), device="cuda:0", dtype="auto", batch_size=1, max_batch_size=None)
+    assert str(next(lm.pool.model.parameters()).device) == "cpu"  # the harness's default is cuda:0
+    lm.pool.close()
+    with pytest.raises(MemtxError, match="'trust_remote_code' in model_args is not an option of memtx"):
+        harness.HarnessModel(str(folder), trust_remote_code=True)
+    with pytest.raises(MemtxError, match="dtype is 'float23'"):
+        harness.HarnessModel(str(folder), dtype="float23")
+
+
 def test_the_template_of_the_folder_is_applied(harness: ModuleType, folder: Path) -> None:
     pytest.importorskip("jinja2", reason="the package 'jinja2' is not installed")
     template = (

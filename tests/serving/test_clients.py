@@ -76,8 +76,9 @@ def test_openai_scores_by_echo(client: Any, workdir: Path) -> None:
 
 
 def test_openai_raises_the_server_errors(client: Any) -> None:
-    with pytest.raises(openai.NotFoundError, match="only 'model'"):
+    with pytest.raises(openai.NotFoundError, match="only 'model'") as caught:
         client.completions.create(model="gpt", prompt="x")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
     for options, message in (
         ({"temperature": -1}, "temperature is -1"),
         ({"top_p": 0}, "top_p is 0"),

@@ -210,6 +210,8 @@ SHAPES = "prompt must be a text, a list of texts, a list of token ids, or a list
         ({"n": True}, "n is true, expected an integer", "n"),
         ({"max_tokens": 1.5}, "max_tokens is 1.5, expected an integer", "max_tokens"),
         ({"temperature": "hot"}, 'temperature is "hot", expected a number', "temperature"),
+        ({"temperature": -1}, "temperature is -1.0, expected at least 0", "temperature"),
+        ({"min_tokens": 5, "max_tokens": 2}, "min_tokens (5) must be at most max_tokens (2)", "min_tokens"),
         ({"stream": "yes"}, 'stream is "yes", expected true or false', "stream"),
         ({"stop": {"a": 1}}, 'stop is {"a": 1}, expected a text or a list', "stop"),
         ({"stop": ["x", 1]}, "stop[1] is 1, expected a text", "stop"),
