@@ -195,7 +195,7 @@ def write_tables(arguments: argparse.Namespace, size: Size) -> None:
         sys.exit(f"No stack in {arguments.output_dir} has been validated; see the logs beside it.")
     machine = benchmarking.machine_info(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if arguments.plot:
-        curves = {row["title"]: tuple(zip(*row["bits_per_byte"].items(), strict=True)) for row in figures.values()}
+        curves = {row["title"]: (list(bits := row["bits_per_byte"]), list(bits.values())) for row in figures.values()}
         plots.plot_loss_curves(arguments.plot, curves, title="Validation", x_label="steps", y_label="bits per byte")
     results = {"figures": figures, "tokens": size.num_tokens, "machine": machine}
     benchmarking.write_results(arguments, results, format_table(figures, size, machine))
