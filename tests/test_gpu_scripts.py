@@ -32,18 +32,18 @@ def test_what_was_measured_is_written(
     import benchmarking
 
     files = {name: str(tmp_path / name) for name in ("json", "markdown")}
-    arguments, rows = argparse.Namespace(max_seconds=1, **files), []
+    arguments, figures = argparse.Namespace(max_seconds=1, **files), []
     with benchmarking.keep_measured(arguments):
-        rows.append(1)
+        figures.append(1)
         if reason.startswith("Failed"):
             raise RuntimeError("no memory\nat line 7")
         while True:
             with contextlib.suppress(Exception):
                 time.sleep(0.1)
     with pytest.raises(SystemExit, match=reason):
-        benchmarking.write_results(arguments, {"rows": rows}, [f"| {rows} |"])
+        benchmarking.write_results(arguments, {"figures": figures}, [f"| {figures} |"])
     results = json.loads((tmp_path / "json").read_text())
-    assert results["rows"] == [1]
+    assert results["figures"] == [1]
     assert results["stop_reason"].startswith(reason)
     assert f"| [1] |\n\n{reason}" in (tmp_path / "markdown").read_text()
 
@@ -72,9 +72,10 @@ def test_a_benchmark_that_is_stopped_writes_what_it_has_measured(name: str, erro
     assert results["stop_reason"].startswith(reason)
     assert reason in files["--markdown"].read_text()
     assert reason in process.stderr.splitlines()[-1]
-    rows = results["decoding"] if name == "bench_stream.py" else results["rows"]
-    assert rows
-    assert name == "bench_stream.py" or {row["num_queries"] for row in rows} == {512, 64}
+    if name == "bench_stream.py":
+        assert results["decoding"]
+    else:
+        assert {row["num_queries"] for row in results["rows"]} == {512, 64}
 
 
 def test_the_gpu_script_says_what_it_compares_and_reports_a_missing_gpu(tmp_path: Path) -> None:
@@ -186,8 +187,8 @@ def test_the_memory_comparison_shows_stacks_that_were_stopped(
 
     for name, num_validations in (("window", 4), ("copy", 4), ("hybrid", 2), ("dual", 0)):
         (tmp_path / name).mkdir()
-        rows = [f"{2 * (index + 1)},,{4 - index - 0.5 * (name == 'copy')}" for index in range(num_validations)]
-        lines = ["step,tokens_per_second,val_bits_per_byte", "1,1000,", *rows]
+        validations = [f"{2 * (index + 1)},,{4 - index - 0.5 * (name == 'copy')}" for index in range(num_validations)]
+        lines = ["step,tokens_per_second,val_bits_per_byte", "1,1000,", *validations]
         (tmp_path / name / "metrics.csv").write_text("\n".join(lines) + "\n")
     options = {name: str(tmp_path / f"table.{name}") for name in ("json", "markdown", "plot")}
     arguments = argparse.Namespace(output_dir=tmp_path, **options)
