@@ -134,8 +134,9 @@ class MaskedModule(TokenPredictionModule):
     def _mask_batch(self, batch: Batch, generator: torch.Generator | None) -> objectives.MaskedTokens:
         word_ids = None
         if self.whole_words:
-            rows = [self.datamodule.tokenizer.word_ids(row) for row in batch.tokens.tolist()]
-            word_ids = torch.from_numpy(np.stack(rows)).to(batch.tokens.device)
+            tokenizer, sequences = self.datamodule.tokenizer, batch.tokens.tolist()
+            word_ids = torch.from_numpy(np.stack([tokenizer.word_ids(tokens) for tokens in sequences]))
+            word_ids = word_ids.to(batch.tokens.device)
         return objectives.mask_tokens(
             batch.tokens,
             mask_token_id=self.mask_id,

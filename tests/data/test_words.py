@@ -28,7 +28,7 @@ WITHOUT_WORDS = {"byte-level-no-regex", "llama2", "gemma", "llama2-metaspace"} |
 
 
 def partition(word_ids: Sequence[int | None]) -> list[bool]:
-    """Whether each token after the first begins a word."""
+    """Return, for each token after the first, True if it begins a word."""
     return [first is None or first != second for first, second in itertools.pairwise(word_ids)]
 
 
