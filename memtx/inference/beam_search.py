@@ -19,7 +19,7 @@ from memtx.inference.deadline import remaining_seconds
 from memtx.models.encoder_decoder import DecoderState, EncoderDecoder
 
 _EXCLUDED = -1e9
-"""Score of what has not begun or may not go on; a logarithm of no probability is far above it."""
+"""Score of hypotheses that have not begun or may not go on, far below any sum of log-probabilities."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _extend(
     # Enough that as many as there are beams can go on, whatever ends.
     scores, indices = totals.topk(max(2, 1 + len(eos_token_ids)) * beams)
     vocab_size, is_last = log_probs.shape[-1], length + 1 == options.max_length
-    rows, all_ended = [], True
+    parents, all_ended = [], True
     for index, (text, candidate_scores, candidates) in enumerate(
         zip(texts, scores.tolist(), indices.tolist(), strict=True)
     ):
@@ -191,12 +191,12 @@ def _extend(
             going_on.append((score, beam, tokens))
         best = sorted(going_on, key=lambda item: -item[0])[:beams]
         text.scores, text.running = [score for score, _, _ in best], [tokens for _, _, tokens in best]
-        rows += [index * beams + beam for _, beam, _ in best]
+        parents += [index * beams + beam for _, beam, _ in best]
         _update_can_improve(text, length, options)
     is_done = all_ended or not any(text.can_improve for text in texts)
     if options.early_stopping is True:
         is_done = is_done or all(len(text.finished) == beams for text in texts)
-    return state.select(torch.tensor(rows, device=log_probs.device)), is_done
+    return state.select(torch.tensor(parents, device=log_probs.device)), is_done
 
 
 def _update_can_improve(text: _Text, length: int, options: BeamSearchOptions) -> None:

@@ -23,7 +23,7 @@ from memtx.ops.cross_entropy import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class DecoderState:
-    """What decoding goes on from.
+    """State of a decoder between two calls.
 
     Attributes:
         past: Keys and values of the decoded positions by layer, of ``rows``; empty at the beginning.
@@ -40,9 +40,9 @@ class DecoderState:
         """Number of decoded positions."""
         return self.past[0].key.shape[2] if self.past else 0
 
-    def select(self, rows: Tensor) -> DecoderState:
-        """Return the state of chosen rows, ``(n,)`` int64; each text keeps as many rows as it had."""
-        return replace(self, past=tuple(KeyValue(*(part[rows] for part in layer)) for layer in self.past))
+    def select(self, index: Tensor) -> DecoderState:
+        """Return the state of rows by index, ``(n,)`` int64; each text keeps as many rows as it had."""
+        return replace(self, past=tuple(KeyValue(*(part[index] for part in layer)) for layer in self.past))
 
 
 @dataclass(frozen=True)

@@ -93,13 +93,13 @@ def test_decoding_token_by_token_equals_the_whole(rows_per_text: int) -> None:
     target = torch.randint(0, VOCAB, (2 * rows_per_text, 7))
     with torch.no_grad():
         state = model.start(model.encode(tokens, mask), mask)
-        whole, _ = model.decode(target, state)
+        expected, _ = model.decode(target, state)
         for position in range(7):
             logits, state = model.decode(target[:, position : position + 1], state)
-            torch.testing.assert_close(logits[:, 0], whole[:, position], atol=1e-10, rtol=0)
+            torch.testing.assert_close(logits[:, 0], expected[:, position], atol=1e-10, rtol=0)
             # Rows of a text may be exchanged: what follows is of the chosen ones.
             order = torch.arange(len(target)).view(2, -1).flip(1).flatten()
-            state, target, whole = state.select(order), target[order], whole[order]
+            state, target, expected = state.select(order), target[order], expected[order]
     assert state.length == 7
     assert isinstance(state.past[0], KeyValue)
 
