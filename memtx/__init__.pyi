@@ -17,6 +17,7 @@ from .memory.associative import AssociativeMemory as AssociativeMemory
 from .memory.compressed import CompressedMemory as CompressedMemory
 from .memory.copy_memory import CopyMemory as CopyMemory
 from .memory.ernie_doc import ErnieDocMemory as ErnieDocMemory
+from .memory.gated_delta_net import GatedDeltaNet as GatedDeltaNet
 from .memory.memory_tokens import TokenMemory as TokenMemory
 from .memory.none import NoMemory as NoMemory
 from .memory.recurrent import RecurrentMemory as RecurrentMemory

@@ -268,6 +268,7 @@ def main() -> None:
     parser.add_argument("--max-dense-gib", type=float, default=0.6, help="maximum GiB of dense scores or masks")
     benchmarking.add_size_options(parser, repeats=5, segment_length=512, window=512, heads=8, head_dim=64)
     benchmarking.add_benchmark_options(parser)
+    benchmarking.add_time_limit(parser)
     arguments = parser.parse_args()
     benchmarking.apply_benchmark_options(arguments)
     if arguments.backends is None:
@@ -275,7 +276,7 @@ def main() -> None:
     shapes = [Shape(arguments.batch_size, arguments.segment_length, arguments.window - 1)]
     shapes += [Shape(1, length, 0) for length in arguments.lengths]
     rows: list[dict[str, Any]] = []
-    with benchmarking.progress_bar() as bar:
+    with benchmarking.keep_measured(arguments), benchmarking.progress_bar() as bar:
         task = bar.add_task("", total=len(shapes) * len(arguments.dtypes))
         for shape in shapes:
             for dtype in arguments.dtypes:
@@ -287,7 +288,7 @@ def main() -> None:
         "rows": rows,
         "slopes": fit_slopes(rows),
     }
-    if arguments.plot and arguments.lengths:
+    if arguments.plot and any(not row["cache_length"] for row in rows):
         plot_results(arguments.plot, results)
     benchmarking.write_results(arguments, results, format_table(results))
 

@@ -196,6 +196,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
     benchmarking.add_size_options(parser, rounds=5)
     benchmarking.add_benchmark_options(parser)
+    benchmarking.add_time_limit(parser)
     return parser.parse_args()
 
 
@@ -218,7 +219,7 @@ def main() -> None:
     results_by_case: dict[tuple[str, str, str], list[dict[str, Any]]] = {case: [] for case in cases}
     failed: dict[str, str] = {}
     peaks: list[dict[str, float]] = []
-    with benchmarking.progress_bar() as bar:
+    with benchmarking.keep_measured(arguments), benchmarking.progress_bar() as bar:
         task = bar.add_task("", total=arguments.rounds * (len(cases) + 1))
         for _ in range(arguments.rounds):
             bar.update(task, description=MATRIX_PEAK, advance=1)
@@ -234,6 +235,13 @@ def main() -> None:
                     results_by_case[case].append(result)
                 except RuntimeError as error:
                     failed[" ".join(case)] = str(error)
+    if arguments.stop_reason:
+        # The rounds in which all have been measured; in the first one, those that have been.
+        arguments.rounds = max(1, min(map(len, results_by_case.values())))
+        results_by_case = {case: rounds[: arguments.rounds] for case, rounds in results_by_case.items()}
+        peaks = peaks[: arguments.rounds]
+        if not peaks:
+            sys.exit(arguments.stop_reason)
     tokens = arguments.batch_size * arguments.segment_length
     baseline_dtype = arguments.peer_dtypes[0]
     rows = []

@@ -213,6 +213,7 @@ def main() -> None:
     }  # fmt: skip
     benchmarking.add_size_options(parser, **sizes)
     benchmarking.add_benchmark_options(parser)
+    benchmarking.add_time_limit(parser)
     arguments = parser.parse_args()
     benchmarking.apply_benchmark_options(arguments)
     retain_freed_memory()  # as the commands do
@@ -230,7 +231,7 @@ def main() -> None:
     )
     tokens = torch.randint(0, arguments.vocab_size, (1, num_tokens + 1), device=arguments.device)
     decoding, reading = [], []
-    with benchmarking.progress_bar() as bar, torch.inference_mode():
+    with benchmarking.keep_measured(arguments), benchmarking.progress_bar() as bar, torch.inference_mode():
         task = bar.add_task("", total=2 * len(arguments.dtypes))
         for dtype in arguments.dtypes:
             bar.update(task, description=f"decoding {dtype}")
@@ -243,7 +244,7 @@ def main() -> None:
         "model": {name: getattr(arguments, name) for name in sizes}, "rounds": arguments.rounds, "decoding": decoding,
         "reading": reading,
     }  # fmt: skip
-    if arguments.plot:
+    if arguments.plot and reading:
         plot_results(arguments.plot, results)
     benchmarking.write_results(arguments, results, format_table(results))
 

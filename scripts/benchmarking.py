@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import time
+import traceback
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,6 +221,40 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     add_output_options(parser, plot=True)
 
 
+def add_time_limit(parser: argparse.ArgumentParser) -> None:
+    """Add the option of :func:`keep_measured`."""
+    parser.add_argument("--max-seconds", type=positive_int, help="stop then, and write what has been measured")
+
+
+class _TimeLimitReached(BaseException):
+    """Raised where the time limit is reached; no handler of errors catches it."""
+
+
+@contextlib.contextmanager
+def keep_measured(arguments: argparse.Namespace) -> Iterator[None]:
+    """End the body after ``--max-seconds`` or at an error, and set ``arguments.stop_reason``.
+
+    :func:`write_results` then writes what has been measured, says why it is not all, and exits with code 1.
+    """
+
+    def stop(*_: object) -> None:
+        raise _TimeLimitReached
+
+    arguments.stop_reason = ""
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(arguments.max_seconds or 0)
+    try:
+        yield
+    except _TimeLimitReached:
+        arguments.stop_reason = f"Stopped after {arguments.max_seconds} s: the rest was not measured."
+    except Exception as error:
+        traceback.print_exc()
+        arguments.stop_reason = f"Failed, the rest was not measured: {str(error).partition(chr(10))[0]}"
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
 def apply_benchmark_options(arguments: argparse.Namespace) -> None:
     """Set the threads and the size of the peak's matrices; exit if the device is not available."""
     if arguments.device.type == "cuda" and not torch.cuda.is_available():
@@ -236,12 +273,16 @@ def progress_bar() -> Progress:
 
 def write_results(arguments: argparse.Namespace, results: dict[str, Any], lines: Sequence[str]) -> None:
     """Write the files of :func:`add_output_options`, and print the table or the JSON."""
+    if stop_reason := getattr(arguments, "stop_reason", ""):
+        results, lines = {**results, "stop_reason": stop_reason}, [*lines, "", stop_reason]
     text = "\n".join(lines) + "\n"
     if arguments.markdown:
         files.write_text(arguments.markdown, text)
     if arguments.json == "-":
         print(json.dumps(results))
-        return
-    if arguments.json:
-        files.write_json(arguments.json, results)
-    print(text, end="")
+    else:
+        if arguments.json:
+            files.write_json(arguments.json, results)
+        print(text, end="")
+    if stop_reason:
+        sys.exit(stop_reason)

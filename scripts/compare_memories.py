@@ -33,6 +33,7 @@ from memtx.data.synthetic_tasks.recall import AssociativeRecall, Overwrite
 from memtx.data.synthetic_tasks.tracking import StateTracking
 from memtx.evaluation.accuracy import evaluate_accuracy
 from memtx.layers.feed_forward import FeedForward
+from memtx.memory.copy_memory import CopyMemory
 from memtx.models.memory_transformer import MemoryTransformer
 
 TASKS: dict[str, SyntheticTask] = {
@@ -49,8 +50,14 @@ TRAINING_SEGMENTS = 3
 HYBRIDS = tuple(hybrid_stacks(1))
 """Stacks with a memory per layer, for the two layers of the synthetic tasks."""
 
+COPY = "; copy"
+WITH_COPY = tuple(f"{name}{COPY}" for name in ("window", "associative"))
+"""Stacks with a copy memory as well."""
+
 ABLATIONS = ("associative, plain sigmoid", "associative, no delta rule")
 """Stacks that run only if --memories names them."""
+
+ALL_STACKS = (*comparison_stacks(1), *HYBRIDS, *WITH_COPY)
 
 Figures = dict[str, dict[str, Any]]
 
@@ -70,13 +77,15 @@ def train_on_task(name: str, memory: str, seed: int, arguments: argparse.Namespa
     """Train a stack on a synthetic task and return its figures."""
     task, dim = TASKS[name], arguments.dim
     stacks = comparison_stacks(task.segment_length)
-    hybrid = hybrid_stacks(task.segment_length).get(memory)
+    base = memory.removesuffix(COPY)
+    hybrid = hybrid_stacks(task.segment_length).get(base)
 
     def build_model(hidden_dim: int, stack: Sequence[MemoryFactory] | None = None) -> MemoryTransformer:
-        memories: Any = [stack] if stack is not None else hybrid or [stacks[memory]]
+        memories: Any = [stack] if stack is not None else hybrid or [stacks[base]]
         return MemoryTransformer(
-            task.vocab_size, dim, 2, 2, memories=memories, feed_forward=partial(FeedForward, hidden_dim=hidden_dim)
-        )
+            task.vocab_size, dim, 2, 2, memories=memories, feed_forward=partial(FeedForward, hidden_dim=hidden_dim),
+            output_memory=CopyMemory if stack is None and memory != base else None,
+        )  # fmt: skip
 
     # All models have as many parameters as the largest stack with a feed-forward width of 2 dim.
     largest = max(count_parameters(build_model(2 * dim, stack)) for stack in stacks.values())
@@ -103,7 +112,7 @@ def runs_of(figures: Figures, group: str, name: str) -> dict[int, dict[str, Any]
 
 def format_task_table(figures: Figures, task: str) -> list[str]:
     """Format a synthetic task: a line for each memory, every seed's accuracy at every distance."""
-    runs_by_memory = {memory: runs_of(figures, task, memory) for memory in (*comparison_stacks(1), *HYBRIDS)}
+    runs_by_memory = {memory: runs_of(figures, task, memory) for memory in ALL_STACKS}
     runs_by_memory = {memory: runs for memory, runs in runs_by_memory.items() if runs}
     distances = {int(key) for runs in runs_by_memory.values() for run in runs.values() for key in run["accuracy"]}
     lines = [
@@ -142,11 +151,10 @@ def plot_results(figures: Figures, path: Path) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     benchmarking.add_benchmark_options(parser)
-    names = [*comparison_stacks(1), *HYBRIDS]
-    default = [name for name in names if name not in ABLATIONS]
+    default = [name for name in ALL_STACKS if name not in ABLATIONS]
     parser.add_argument("--output-dir", type=Path, default=Path("runs/compare-memories"), help="folder of the figures")
     parser.add_argument("--tasks", nargs="*", choices=list(TASKS), default=list(TASKS), metavar="TASK")
-    parser.add_argument("--memories", nargs="+", choices=names, default=default, metavar="NAME")
+    parser.add_argument("--memories", nargs="+", choices=ALL_STACKS, default=default, metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--distances", nargs="+", type=benchmarking.positive_int, help="segments up to the questions")
     parser.add_argument("--hidden-dim", type=benchmarking.positive_int, help="one feed-forward width for all stacks")

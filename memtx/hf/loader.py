@@ -43,6 +43,7 @@ ENCODERS = {
     "bert": "memtx.hf.bert:build_bert",
     "big_bird": "memtx.hf.sparse_encoders:build_bigbird",
     "distilbert": "memtx.hf.bert:build_distilbert",
+    "led": "memtx.hf.led:build",
     "longformer": "memtx.hf.sparse_encoders:build_longformer",
     "reformer": "memtx.hf.reformer:build",
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), "memtx.hf.bert:build_roberta"),

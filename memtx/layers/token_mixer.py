@@ -15,7 +15,15 @@ from memtx.segment import Segment
 
 @runtime_checkable
 class StandaloneMemory(Protocol):
-    """A memory that replaces attention in its layer."""
+    """A memory that replaces attention in its layer.
+
+    Attributes:
+        heads: Heads of the values.
+        value_dim: Width of a head's values.
+    """
+
+    heads: int
+    value_dim: int
 
     def mix(self, state: Any, x: Tensor, segment: Segment) -> tuple[Tensor, Any]:
         """Return the layer's output for normalized inputs x, both ``(batch, length, dim)``, and the next state."""
@@ -50,6 +58,16 @@ class TokenMixer(nn.Module):
     def memories(self) -> tuple[Memory[Any], ...]:
         """The memory."""
         return (self.mixer,)
+
+    @property
+    def heads(self) -> int:
+        """Heads of the values."""
+        return self._standalone.heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head's values."""
+        return self._standalone.value_dim
 
     @property
     def _standalone(self) -> StandaloneMemory:

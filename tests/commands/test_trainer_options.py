@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 
+from memtx.cli.lightning_cli import MemtxCLI
 from tests.commands.program import Done, Program
 from tests.commands.runs import write, write_books
 from tests.commands.test_mistakes import refused
@@ -106,3 +110,26 @@ def test_an_option_that_cannot_work_is_one_line(program: Program, tmp_path: Path
     refused(Done(result.code, result.out, lines[-1] + "\n" if lines else ""), expected)
     assert "Traceback" not in result.err
     assert not (tmp_path / "run").exists()
+
+
+class TrainerOnly(MemtxCLI):
+    """Builds the objects of a run and does not train."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("precision", "has_gpu"), [("highest", True), ("medium", True), (None, True), (None, False)])
+def test_float32_matmul_precision(tmp_path: Path, precision: str | None, has_gpu: bool) -> None:
+    """Products of float32 run in TF32 on a GPU by default; nothing is set without a GPU."""
+    write_books(tmp_path / "books")
+    options = ["--data.root", str(tmp_path / "books"), "--run_dir", str(tmp_path / "run"), "--trainer.accelerator=cpu"]
+    options += [] if precision is None else ["--float32_matmul_precision", precision]
+    calls: list[Any] = []
+    with (
+        patch("sys.argv", ["memtx"]),
+        patch.object(torch, "set_float32_matmul_precision", calls.append),
+        patch.object(torch.cuda, "is_available", lambda: has_gpu),
+    ):
+        TrainerOnly.from_arguments(["fit", *options], "memtx", save_config_callback=None)
+    assert calls == ([precision or "high"] if has_gpu else [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from memtx.errors import MemtxError
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.compression import MeanPooling
+from memtx.memory.gated_delta_net import GatedDeltaNet
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.sinks import SinkMemory
 from memtx.models.memory_transformer import MemoryTransformer
@@ -22,13 +24,17 @@ from tests.training.small import SEGMENT, adam, data, trainer
 MEAN = partial(CompressedMemory, window=6, compression_rate=2, num_entries=8, compression=MeanPooling)
 
 
-def base(vocab_size: int = 257) -> MemoryTransformer:
+WINDOW = partial(RecurrentMemory, window=6)
+HYBRID = (partial(GatedDeltaNet, heads=4), WINDOW)
+
+
+def base(vocab_size: int = 257, layers: Sequence[Any] = (WINDOW,)) -> MemoryTransformer:
     torch.manual_seed(0)
-    return MemoryTransformer(vocab_size, dim=16, depth=2, heads=2, memories=[partial(RecurrentMemory, window=6)])
+    return MemoryTransformer(vocab_size, dim=16, depth=2, heads=2, memories=layers)
 
 
-def retrofitted(vocab_size: int, *memories: Any) -> MemoryTransformer:
-    return base(vocab_size).with_memory(
+def retrofitted(vocab_size: int, *memories: Any, layers: Sequence[Any] = (WINDOW,)) -> MemoryTransformer:
+    return base(vocab_size, layers).with_memory(
         memories or [partial(CompressedMemory, window=6, compression_rate=2, num_entries=8)], num_sinks=2
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -44,6 +45,10 @@ class LayerwiseLoss(DistillationLoss):
                 f"{type(self).__name__} compares layers, but its layer map has none.",
                 "Use EveryKthLayer, ExplicitLayers or LastLayer.",
             )
+        self.check_layers(student, teacher)
+
+    def check_layers(self, student: ModelDims, teacher: ModelDims) -> None:
+        """Raise MemtxError unless the loss can compare the layers of every pair; by default it can."""
 
     @abstractmethod
     def compare_layers(self, student: ModelOutputs, teacher: ModelOutputs, layers: tuple[int, int]) -> Tensor:
@@ -53,6 +58,18 @@ class LayerwiseLoss(DistillationLoss):
         """Return the mean over pairs of layers."""
         losses = [self.compare_layers(student, teacher, layers) for layers in self.layer_pairs]
         return torch.stack(losses).mean()
+
+
+def check_heads(student: ModelDims, teacher: ModelDims, layer_pairs: Sequence[tuple[int, int]]) -> None:
+    """Raise MemtxError unless both layers of every pair have equally many heads."""
+    for pair in layer_pairs:
+        mine, others = student.heads[pair[0]], teacher.heads[pair[1]]
+        if mine != others:
+            raise MemtxError(
+                f"Layer {pair[0]} of the student has {mine} heads, layer {pair[1]} of the teacher {others}, which are "
+                "compared one by one.",
+                f"Use {others} heads in the student, or ValueRelations with heads that divide both widths.",
+            )
 
 
 class HiddenMSE(LayerwiseLoss):
@@ -97,12 +114,10 @@ class AttentionMSE(LayerwiseLoss):
                     "blocks or a memory.",
                     "Use FullAttention or LongformerAttention in both, or compare ValueRelations or HiddenMSE instead.",
                 )
-        if student.heads != teacher.heads:
-            raise MemtxError(
-                f"The student has {student.heads} heads per layer, the teacher {teacher.heads}, but AttentionMSE "
-                "compares them one by one.",
-                f"Use {teacher.heads} heads in the student, or ValueRelations with heads that divide both widths.",
-            )
+
+    def check_layers(self, student: ModelDims, teacher: ModelDims) -> None:
+        """Raise MemtxError unless both layers of every pair have equally many heads."""
+        check_heads(student, teacher, self.layer_pairs)
 
     def compare_layers(self, student: ModelOutputs, teacher: ModelOutputs, layers: tuple[int, int]) -> Tensor:
         """Return the mean over heads and pairs of tokens."""
@@ -155,31 +170,31 @@ class ValueRelations(LayerwiseLoss):
         **options: float,
     ) -> None:
         super().__init__(student, teacher, layers, **options)
-        if heads is None and student.heads != teacher.heads:
-            raise MemtxError(
-                f"The student has {student.heads} heads per layer, the teacher {teacher.heads}.",
-                f"Use {teacher.heads} heads in the student, or ValueRelations with heads that divide both widths.",
-            )
-        self.heads = heads if heads is not None else student.heads
-        check_at_least(1, heads=self.heads)
-        for name, dims in (("student", student), ("teacher", teacher)):
-            if dims.value_dim % self.heads:
-                raise MemtxError(
-                    f"The {name}'s value width ({dims.value_dim}) is not divisible by heads ({self.heads}).",
-                    "Choose a divisor of both widths.",
-                )
+        if heads is None:
+            check_heads(student, teacher, self.layer_pairs)
+        else:
+            check_at_least(1, heads=heads)
+        self.heads = {pair: heads or student.heads[pair[0]] for pair in self.layer_pairs}
+        for pair, count in self.heads.items():
+            for name, dims, layer in zip(("student", "teacher"), (student, teacher), pair, strict=True):
+                if dims.value_dims[layer] % count:
+                    raise MemtxError(
+                        f"The {name}'s value width ({dims.value_dims[layer]}) is not divisible by heads ({count}).",
+                        "Choose a divisor of both widths.",
+                    )
 
     def compare_layers(self, student: ModelOutputs, teacher: ModelOutputs, layers: tuple[int, int]) -> Tensor:
         """Return the mean over heads and tokens in nats."""
         mask = student.pair_mask()[:, None]
-        log_probs = self._log_relations(student.values(layers[0]), mask)
-        log_target = self._log_relations(teacher.values(layers[1]), mask).detach()
+        heads = self.heads[layers]
+        log_probs = self._log_relations(student.values(layers[0]), heads, mask)
+        log_target = self._log_relations(teacher.values(layers[1]), heads, mask).detach()
         total = torch.where(mask, log_target.exp() * (log_target - log_probs), 0.0).sum()
-        return total / (self.heads * student.token_mask.sum()).clamp(min=1)
+        return total / (heads * student.token_mask.sum()).clamp(min=1)
 
-    def _log_relations(self, values: Tensor, mask: Tensor) -> Tensor:
+    def _log_relations(self, values: Tensor, heads: int, mask: Tensor) -> Tensor:
         """Return log relations ``(batch, heads, length, length)`` of ``(batch, length, value_dim)`` values."""
-        x = upcast(values).view(*values.shape[:2], self.heads, -1).transpose(1, 2)
+        x = upcast(values).view(*values.shape[:2], heads, -1).transpose(1, 2)
         # The fill value is finite, because a padded query has no unmasked key; its relations are masked out later.
         scores = (x @ x.mT * x.shape[-1] ** -0.5).masked_fill(~mask, torch.finfo(x.dtype).min)
         return F.log_softmax(scores, dim=-1)

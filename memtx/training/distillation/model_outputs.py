@@ -38,8 +38,8 @@ class ModelDims:
         name: Class of the model.
         dim: Width of the hidden states.
         depth: Layers whose hidden states the model returns; 0 if it returns none.
-        heads: Query heads per layer.
-        value_dim: Width of a layer's values, over all heads.
+        heads: Query heads of each layer, or value heads without queries.
+        value_dims: Width of each layer's values, over all heads.
         num_classes: Logits per position or text; 0 without a head for the training objective.
         has_attention_maps: If True, visibility depends on the distance between two tokens alone, so that attention
             scores can be compared.
@@ -48,8 +48,8 @@ class ModelDims:
     name: str
     dim: int
     depth: int
-    heads: int
-    value_dim: int
+    heads: tuple[int, ...]
+    value_dims: tuple[int, ...]
     num_classes: int
     has_attention_maps: bool
 
@@ -57,25 +57,25 @@ class ModelDims:
     def from_model(cls, model: nn.Module) -> Self:
         """Return the dimensions of a model; raises MemtxError if it can be neither teacher nor student."""
         backbone = get_backbone(model)
-        name = type(backbone).__name__
+        name, attentions = type(backbone).__name__, [block.attention for block in get_blocks(backbone)]
+        heads = tuple(attention.heads for attention in attentions)
         if isinstance(backbone, Encoder):
-            attentions = [block.attention for block in get_blocks(backbone)]
             distance = torch.zeros(1, dtype=torch.int64)
             return cls(
                 name,
                 backbone.dim,
                 backbone.depth,
-                attentions[0].heads,
-                backbone.dim,
+                heads,
+                (backbone.dim,) * backbone.depth,
                 model.num_labels if isinstance(model, TaskModel) else backbone.vocab_size * (backbone.head is not None),
                 has_attention_maps=all(attention.within_window(distance) is not None for attention in attentions),
             )
         if isinstance(model, TaskModel):
-            return cls(name, model.backbone.dim, 0, 0, 0, model.num_labels, has_attention_maps=False)
+            return cls(name, model.backbone.dim, 0, (), (), model.num_labels, has_attention_maps=False)
         if isinstance(backbone, MemoryTransformer):
-            attention = get_blocks(backbone)[0].attention
-            width, classes = attention.heads * attention.head_dim, backbone.vocab_size
-            return cls(name, backbone.dim, backbone.depth, attention.heads, width, classes, has_attention_maps=False)
+            widths = tuple(attention.heads * attention.head_dim for attention in attentions)
+            classes = backbone.vocab_size
+            return cls(name, backbone.dim, backbone.depth, heads, widths, classes, has_attention_maps=False)
         raise MemtxError(
             f"A {name} can be neither teacher nor student.", "Use an Encoder, a task model or a MemoryTransformer."
         )

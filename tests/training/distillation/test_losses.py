@@ -28,7 +28,7 @@ from memtx.training.distillation.teacher_cache import top_k_logits
 BATCH_SIZE, LENGTH, VOCAB = 2, 7, 11
 # float64, sums in another order
 CLOSE: Any = {"rel": 1e-9}
-DIMS = ModelDims("Encoder", 8, 2, 2, 8, VOCAB, has_attention_maps=True)
+DIMS = ModelDims("Encoder", 8, 2, (2, 2), (8, 8), VOCAB, has_attention_maps=True)
 
 
 def encoder(dim: int, depth: int, heads: int = 2, attention: Any = FullAttention) -> Encoder:
@@ -268,9 +268,9 @@ def test_hard_labels_return_the_students_loss() -> None:
         (kinds.HiddenMSE, {"depth": 3}, "2 layers, which do not divide the teacher's 3. Choose a depth of 1, 3"),
         (partial(kinds.HiddenMSE, layers=NoLayers()), {}, "its layer map has none. Use EveryKthLayer"),
         (kinds.HiddenMSE, {"depth": 0}, r"the teacher \(Encoder\) returns none"),
-        (kinds.AttentionMSE, {"heads": 4}, "2 heads per layer, the teacher 4.* Use 4 heads in the student"),
+        (kinds.AttentionMSE, {"heads": (4, 4)}, "has 2 heads, layer 0 of the teacher 4.* Use 4 heads in the student"),
         (kinds.AttentionMSE, {"has_attention_maps": False}, r"\(Encoder\) attends to random blocks or a memory"),
-        (kinds.ValueRelations, {"heads": 4}, "2 heads per layer, the teacher 4.* heads that divide both widths"),
+        (kinds.ValueRelations, {"heads": (2, 4)}, "2 heads, layer 1 of the teacher 4.* that divide both widths"),
         (partial(kinds.ValueRelations, heads=3), {}, r"value width \(8\) is not divisible by heads \(3\)"),
     ],
 )
@@ -281,14 +281,7 @@ def test_mismatched_dimensions_are_rejected_with_a_hint(make: Any, teacher: dict
 
 def test_dims_match_the_model() -> None:
     dims = ModelDims.from_model(encoder(8, 2, 4))
-    assert (dims.dim, dims.depth, dims.heads, dims.value_dim, dims.num_classes, dims.has_attention_maps) == (
-        8,
-        2,
-        4,
-        8,
-        VOCAB,
-        True,
-    )
+    assert dims == ModelDims("Encoder", 8, 2, (4, 4), (8, 8), VOCAB, has_attention_maps=True)
     assert not ModelDims.from_model(encoder(8, 2, 4, partial(BigBirdAttention, block_size=4))).has_attention_maps
     assert not ModelDims.from_model(
         encoder(8, 2, 4, partial(LongformerAttention, window=4, num_random_tokens=1))

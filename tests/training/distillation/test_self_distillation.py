@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,20 @@ from torch.nn import functional as F
 
 from memtx.errors import MemtxError
 from memtx.models.encoder import Encoder
-from memtx.training.distillation import SelfDistillation, SoftTargets
+from memtx.training.distillation import SelfDistillation, SoftTargets, ValueRelations
 from memtx.training.distillation.language import LanguageDistillation
+from memtx.training.distillation.layer_map import EveryKthLayer
+from memtx.training.distillation.model_outputs import collect_language_outputs
 from memtx.training.tbptt import unroll
 from tests.training.small import data, module, trainer
-from tests.training.test_retrofitting import MEAN, base, retrofitted
+from tests.training.test_retrofitting import HYBRID, MEAN, WINDOW, base, retrofitted
 
 
+@pytest.mark.parametrize("layers", [(WINDOW,), HYBRID])
 @pytest.mark.parametrize("replay", [False, True])
-def test_the_teacher_is_the_model_with_full_attention(replay: bool) -> None:
+def test_the_teacher_is_the_model_with_full_attention(replay: bool, layers: Any) -> None:
     language_module = module(distillation=SelfDistillation([SoftTargets]), replay=replay)
-    model = language_module.model = retrofitted(11, MEAN).double()
+    model = language_module.model = retrofitted(11, MEAN, layers=layers).double()
     language_module.distillation.setup(model)
     tokens, labels = torch.randint(0, 11, (2, 2, 20))
     labels[:, 3] = -100
@@ -32,7 +36,7 @@ def test_the_teacher_is_the_model_with_full_attention(replay: bool) -> None:
     out = unroll(
         model, tokens, labels, document_starts, model.init_state(2), segment_length=8, replay=replay, loss_fn=loss_fn
     )
-    wide = base(11).double().without_memory(20)
+    wide = base(11, layers).double().without_memory(20)
     teacher_probs = F.softmax(wide(tokens, document_starts=document_starts).logits / 2, dim=-1)
     student_log_probs = F.log_softmax(model(tokens, document_starts=document_starts).logits / 2, dim=-1)
     expected = 4 * F.kl_div(student_log_probs, teacher_probs, reduction="none").sum(-1)[labels != -100].mean()
@@ -40,8 +44,21 @@ def test_the_teacher_is_the_model_with_full_attention(replay: bool) -> None:
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-9)
     assert expected > 0
     out.loss.backward()
-    gates = [block.attention.gate for block in model.blocks]
+    gates = [parameter for name, parameter in model.named_parameters() if name.endswith(".gate")]
+    assert gates
     assert all(gate.grad is not None and gate.grad.isfinite().all() for gate in gates)
+
+
+def test_layers_of_other_widths_are_compared_each_with_its_own_heads() -> None:
+    model = retrofitted(11, MEAN, layers=HYBRID)
+    distillation = SelfDistillation([partial(ValueRelations, layers=EveryKthLayer())])
+    distillation.setup(model)
+    tokens = torch.randint(0, 11, (2, 8))
+    output = model(tokens, labels=tokens, return_hidden_states=True)
+    outputs = collect_language_outputs(model, output.hidden_states, tokens, torch.zeros(2, 8, dtype=torch.bool))
+    # Both are the same model.
+    assert distillation.compute_losses(outputs, outputs, 0.0)["value_relations"].item() == 0
+    assert distillation.losses[0].heads == {(0, 0): 4, (1, 1): 2}
 
 
 def test_steps_start_with_fresh_streams(tmp_path: Path) -> None:
