@@ -122,7 +122,7 @@ def _draw_any(
 ) -> list[int]:
     """Return ids sampled among all of each row."""
     log_weights = _to_log_weights(scores, highest, params)
-    weights = workspace("weights", *scores.shape, scores.device) if is_typical else log_weights
+    weights = workspace("weights", len(scores), scores.shape[1], scores.device) if is_typical else log_weights
     torch.exp2(log_weights, out=weights)  # faster than exp
     ps = [param.typical_p if is_typical else param.top_p for param in params]
     if not is_typical:
@@ -134,7 +134,7 @@ def _draw_any(
     if is_typical:
         totals = _sum(weights)
         limits = _column(ps, weights).double() * totals
-        product = workspace("before", *scores.shape, scores.device)
+        product = workspace("before", len(scores), scores.shape[1], scores.device)
         torch.mul(log_weights.clamp_(min=MIN_LOG_WEIGHT), weights, out=product)
         # How far the surprisal of each token is from the entropy.
         ranks = log_weights.sub_((_sum(product) / totals).to(scores.dtype)).abs_()
@@ -227,7 +227,7 @@ def _keep_top_p(weights: Tensor, ps: Sequence[float]) -> None:
     limits = _column([p if p < 1 else math.inf for p in ps], weights).double() * _sum(weights)
     low = torch.zeros(len(weights), 1, dtype=torch.int32, device=weights.device)
     high = torch.ones_like(low, dtype=torch.float32).view(torch.int32)  # the largest weight is 1
-    above = workspace("before", *weights.shape, weights.device)
+    above = workspace("before", len(weights), weights.shape[1], weights.device)
     for _ in range(30):
         middle = low + (high - low) // 2
         torch.gt(weights, middle.view(torch.float32), out=above).mul_(weights)
