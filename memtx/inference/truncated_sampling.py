@@ -42,15 +42,15 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     The largest come first, equal ones by index. They are searched in the k blocks of the largest maxima, which hold
     them all, and there in smaller blocks.
     """
-    values, starts = scores, list[tuple[Tensor, int]]()
+    values, best_blocks = scores, list[tuple[Tensor, int]]()
     for size in TOP_K_BLOCKS:
         if values.shape[1] % size == 0 and 4 * k <= values.shape[1] // size:
             blocks = values.view(len(values), -1, size)
             best = blocks.amax(-1).topk(k, dim=1, sorted=False).indices
             values = blocks.gather(1, best[..., None].expand(-1, -1, size)).flatten(1)
-            starts.append((best, size))
+            best_blocks.append((best, size))
     values, indices = values.topk(k, dim=1, sorted=False)
-    for best, size in reversed(starts):
+    for best, size in reversed(best_blocks):
         indices = best.gather(1, indices // size) * size + indices % size
     indices, order = indices.sort(1)
     values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
