@@ -49,6 +49,8 @@ ENCODERS = {
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), "memtx.hf.bert:build_roberta"),
     "transfo-xl": "memtx.hf.transformer_xl:build",
 }
+BIDIRECTIONAL_ENCODERS = ENCODERS.keys() - {"led", "reformer", "transfo-xl"}
+"""Encoders that continue no text: they serve a task alone."""
 DECODERS = {
     "gemma3_text": "memtx.hf.gemma3:build",
     "gpt2": "memtx.hf.gpt2:build",

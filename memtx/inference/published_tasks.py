@@ -18,8 +18,8 @@ from memtx.data.tasks.question_answering import QuestionAnswering
 from memtx.data.tasks.tagging import TokenClassification
 from memtx.errors import CheckpointError, DataError
 from memtx.hf.checkpoint import CONFIG_FILE, read_config
-from memtx.hf.loader import is_hf_folder
-from memtx.hf.task_heads import MASKED_LM, QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION, get_task
+from memtx.hf.loader import BIDIRECTIONAL_ENCODERS, is_hf_folder
+from memtx.hf.task_heads import MASKED_LM, QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION, get_task, unsupported_task_error
 from memtx.inference.deadline import acquire_before
 from memtx.inference.predictor import BasePredictor, PredictInput, Predictor
 from memtx.inference.text_to_text import load_text_to_text
@@ -38,12 +38,20 @@ DEFAULT_TOP_K, MAX_TOP_K = 5, 100
 
 
 def get_published_task(path: str | os.PathLike[str]) -> str | None:
-    """Return the task that a published folder was fine-tuned for, or None for any other path."""
+    """Return the task that a published folder was fine-tuned for, or None for any other path.
+
+    Raises CheckpointError for an encoder of another task, or of none, which predicts nothing.
+    """
     if not ((Path(path) / CONFIG_FILE).is_file() and is_hf_folder(path)):
         return None
     config = read_config(path)[1]
     # Models of text and images are named so, too, and are no encoder-decoders.
-    return CONDITIONAL_GENERATION if config.get("is_encoder_decoder") is True else get_task(config)
+    if config.get("is_encoder_decoder") is True:
+        return CONDITIONAL_GENERATION
+    task = get_task(config)
+    if task is None and config.get("model_type") in BIDIRECTIONAL_ENCODERS:
+        raise unsupported_task_error(path, config)
+    return task
 
 
 def load_published_predictor(path: str | os.PathLike[str]) -> BasePredictor:
