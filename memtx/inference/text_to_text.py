@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from memtx import files
-from memtx.data.hf_tokenizers import HFTokenizer
+from memtx.checkpoint.load import load
+from memtx.data.hf_tokenizers import HFTokenizer, hf_tokenizer_from_json
 from memtx.data.tasks.base import build_inputs
 from memtx.data.tasks.examples import SummaryExample
 from memtx.errors import CheckpointError, DataError, MemtxError
-from memtx.inference.beam_search import BeamSearchOptions, generate_targets
 from memtx.inference.deadline import acquire_before
 from memtx.inference.predictor import BasePredictor, PredictInput
+from memtx.models.beam_search import BeamSearchOptions, generate_targets
 from memtx.models.encoder_decoder import EncoderDecoder
 
 DEFAULT_MAX_LENGTH = 256
 """Tokens of a target where the folder's files name no ``max_length``."""
+TRAINED_NUM_BEAMS = 4
+"""Hypotheses of models that were trained here."""
 
 
 class TextToText(BasePredictor):
@@ -42,6 +47,20 @@ class TextToText(BasePredictor):
         super().__init__()
         self.model, self.tokenizer, self.options = model.eval(), tokenizer, options
         self.max_source_length = max_source_length
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Load a checkpoint or run folder; raises CheckpointError if it is damaged or was not trained so."""
+        checkpoint = load(path)
+        try:
+            limits = json.loads(checkpoint.sidecars["text_to_text"])
+            tokenizer = hf_tokenizer_from_json(checkpoint.sidecars["tokenizer"])
+            options = BeamSearchOptions(TRAINED_NUM_BEAMS, int(limits["max_target_length"]) + 1)
+            max_source_length = int(limits["max_length"])
+        except (KeyError, ValueError, TypeError) as error:
+            message = f"'{checkpoint.path}' was not trained to make texts from texts."
+            raise CheckpointError(message, "Give a run that was.") from error
+        return cls(checkpoint.model_as(EncoderDecoder), tokenizer, options, max_source_length)
 
     def to_example(self, raw_input: PredictInput) -> SummaryExample:
         """Convert a raw text, or ``{"text": ...}``, to an example."""
@@ -68,8 +87,9 @@ class TextToText(BasePredictor):
         is_global[:, 0] = 1
         eos_token_ids = self.tokenizer.eos_token_ids or {self.tokenizer.sep_token_id}
         (target,) = generate_targets(
-            self.model, tokens, None, is_global, options=self.options, eos_token_ids=eos_token_ids, deadline=deadline
-        )
+            self.model, tokens, None, is_global, options=self.options, eos_token_ids=eos_token_ids,
+            before_step=lambda: self._check_active(deadline),
+        )  # fmt: skip
         self.num_tokens_read += len(ids)
         is_complete = len(target) > 1 and target[-1] in eos_token_ids
         text = self.tokenizer.decode(target[1 : -1 if is_complete else None])

@@ -118,7 +118,12 @@ class EncoderDecoder(PretrainedModel):
     def encode(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, global_attention_mask: Tensor | None = None
     ) -> Tensor:
-        """Return the encoder's output, ``(batch, length, dim)``; arguments as for :class:`Encoder`."""
+        """Return the encoder's output, ``(batch, length, dim)``; arguments as for :class:`Encoder`.
+
+        An encoder without global tokens gets no mask of them.
+        """
+        if not self.encoder.supports_global_attention:
+            global_attention_mask = None
         output = self.encoder(input_ids, attention_mask, global_attention_mask=global_attention_mask)
         return cast(Tensor, output.last_hidden_state)
 

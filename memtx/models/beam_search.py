@@ -6,7 +6,7 @@ al. 2016, section 7, without its constant).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtx.errors import MemtxError, check_at_least
-from memtx.inference.deadline import remaining_seconds
 from memtx.models.encoder_decoder import DecoderState, EncoderDecoder
 
 _EXCLUDED = -1e9
@@ -86,7 +85,7 @@ def generate_targets(
     *,
     options: BeamSearchOptions,
     eos_token_ids: Collection[int] = (),
-    deadline: float | None = None,
+    before_step: Callable[[], object] | None = None,
 ) -> list[list[int]]:
     """Return the best target of every text: ids from the start token to the end token, if one was reached.
 
@@ -97,11 +96,10 @@ def generate_targets(
         global_attention_mask: ``(batch, length)``, 1 for a token that sees and is seen by all.
         options: Options of the search.
         eos_token_ids: Tokens that end a target.
-        deadline: Time of ``time.monotonic`` at which decoding is given up. None for none.
+        before_step: Called before every token; what it raises ends the search. None for nothing.
 
     Raises:
         MemtxError: A text or ``max_length`` is longer than the model's positions.
-        DeadlineExceededError: The deadline has passed.
     """
     if options.max_length > (limit := model.position_embeddings.num_embeddings):
         raise MemtxError(f"max_length is {options.max_length}, the decoder has {limit} positions.", f"Give {limit}.")
@@ -111,7 +109,8 @@ def generate_targets(
     texts = [_Text([[model.start_token_id]] * beams, [0.0] + [_EXCLUDED] * (beams - 1)) for _ in input_ids]
     logits: Tensor
     for length in range(1, options.max_length):
-        remaining_seconds(deadline)
+        if before_step is not None:
+            before_step()
         tokens = [hypothesis[-1] for text in texts for hypothesis in text.running]
         logits, state = model.decode(torch.tensor(tokens, device=input_ids.device)[:, None], state)
         log_probs = F.log_softmax(logits[:, -1].float(), dim=-1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from safetensors.torch import load_file
 
 import memtx
 from memtx.errors import MemtxError
-from memtx.inference.beam_search import BeamSearchOptions, generate_targets
-from memtx.inference.deadline import DeadlineExceededError
+from memtx.models.beam_search import BeamSearchOptions, generate_targets
 from memtx.models.encoder import Encoder
 from memtx.models.encoder_decoder import EncoderDecoder
 from tests.hf.test_parity import folders
@@ -83,10 +81,13 @@ def test_options_are_obeyed() -> None:
         assert target[-1] in (5, 9)
 
 
-def test_a_passed_deadline_ends_the_search() -> None:
-    with pytest.raises(DeadlineExceededError):
+def test_an_error_before_a_step_ends_the_search() -> None:
+    def stop() -> None:
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError):
         generate_targets(
-            small_model(), torch.ones(1, 4, dtype=torch.int64), options=BeamSearchOptions(), deadline=time.monotonic()
+            small_model(), torch.ones(1, 4, dtype=torch.int64), options=BeamSearchOptions(), before_step=stop
         )
 
 
