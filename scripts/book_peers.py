@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -102,15 +103,15 @@ def build_x_transformers(
     return model, read_and_adapt
 
 
-def build_recurrent_memory_transformer(vocab_size: int, **options: Any) -> tuple[nn.Module, Read]:
-    """Build the Recurrent Memory Transformer with 16 memory tokens and a cache of one segment.
+def build_recurrent_memory_transformer(vocab_size: int) -> tuple[nn.Module, Read]:
+    """Build the Recurrent Memory Transformer with 16 memory tokens, a cache of one segment and rotary positions.
 
     Its embeddings are not tied, and its feed-forward parts have the library's default width: 1.13 M parameters.
     """
     library: Any = importlib.import_module("recurrent_memory_transformer_pytorch")
     model = library.RecurrentMemoryTransformer(
         dim=DIM, num_tokens=vocab_size, depth=DEPTH, num_memory_tokens=16, seq_len=SEGMENT_LENGTH, heads=HEADS,
-        dim_head=DIM // HEADS, xl_mem_len=SEGMENT_LENGTH, **options,
+        dim_head=DIM // HEADS, xl_mem_len=SEGMENT_LENGTH, abs_pos_emb=False, rotary_pos_emb=True,
     )  # fmt: skip
 
     def read(tokens: Tensor, labels: Tensor, document_starts: Tensor, state: Any) -> Output:
@@ -121,18 +122,28 @@ def build_recurrent_memory_transformer(vocab_size: int, **options: Any) -> tuple
     return model, read
 
 
+@dataclass(frozen=True)
+class Peer:
+    """A system of the comparison.
+
+    Attributes:
+        build: Builds the model and its function from the vocabulary size.
+        learning_rate: Peak learning rate: the best of 2e-3, 4e-3 and 8e-3 after 40 CPU seconds.
+        packages: Packages for ``pip install --no-deps``.
+    """
+
+    build: Callable[[int], tuple[nn.Module, Read]]
+    learning_rate: float
+    packages: str = ""
+
+
 _X_TRANSFORMERS = "x-transformers einx loguru torch-einops-utils sympy frozendict"
-PACKAGES = {
-    "x-transformers": _X_TRANSFORMERS,
-    "recurrent": "recurrent-memory-transformer-pytorch hyper-connections torch-einops-utils",
-}
-BUILDERS: dict[str, Callable[[int], tuple[nn.Module, Read]]] = {
-    "memtx windows+copy": partial(build_memtx, stack="windows+copy"),
-    "memtx windows": partial(build_memtx, stack="windows"),
-    "memtx uniform": partial(build_memtx, stack="uniform"),
-    "x-transformers": build_x_transformers,
-    "x-transformers memory tokens": partial(build_x_transformers, num_memory_tokens=16),
-    "x-transformers adapting": partial(build_x_transformers, ttt_lr=1e-2),
-    "recurrent-memory-transformer": build_recurrent_memory_transformer,
+_RECURRENT = "recurrent-memory-transformer-pytorch hyper-connections torch-einops-utils"
+PEERS = {
+    "memtx windows+copy": Peer(partial(build_memtx, stack="windows+copy"), 4e-3),
+    "memtx windows": Peer(partial(build_memtx, stack="windows"), 4e-3),
+    "x-transformers": Peer(build_x_transformers, 8e-3, _X_TRANSFORMERS),
+    "x-transformers adapting": Peer(partial(build_x_transformers, ttt_lr=0.1), 8e-3, _X_TRANSFORMERS),
+    "recurrent-memory-transformer": Peer(build_recurrent_memory_transformer, 8e-3, _RECURRENT),
 }
 """Systems by name."""

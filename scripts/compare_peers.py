@@ -1,11 +1,11 @@
 """Compare language models on books with those of other libraries, at equal CPU seconds and about equal parameters.
 
     python scripts/compare_peers.py [--root PATH/pg19-mini] [--systems NAME ...] [--seeds 0 1 2] [--cpu-seconds 150]
-        [--learning-rate 2e-3] [--num-parallel 2] [--plot peers.png] [--markdown FILE]
+        [--num-parallel 2] [--plot peers.png] [--markdown FILE]
 
 All learn from the same batches in the same order (16 rows, 2 calls of 64 tokens, a BPE of 2,048) with AdamW, a cosine
 over the seconds, bfloat16 autocast, and one thread; they carry what they keep from batch to batch. A system sees as
-many batches as it gets through. The first 120 kB of every validation book are read with the state carried, at quarters
+many batches as it gets through. The first 120 kB of every validation book are read with the state carried, at thirds
 of the time; reading is not counted.
 
 Every run is saved in --output-dir, so the script can be interrupted and restarted. Other processes on the machine
@@ -28,7 +28,7 @@ from typing import Any
 
 import benchmarking
 import torch
-from book_peers import BPTT_SEGMENTS, BUILDERS, PACKAGES, SEGMENT_LENGTH, Read
+from book_peers import BPTT_SEGMENTS, PEERS, SEGMENT_LENGTH, Read
 from book_reading import load_books
 from book_tables import format_table
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ from memtx.data.books import BookDataModule
 from memtx.data.tokenizers import BytePairTokenizer
 from memtx.ops.cpu.malloc import retain_freed_memory
 
-NUM_READINGS = 4
+NUM_READINGS = 3
 WARMUP = 0.05
 """Fraction of the time in which the learning rate grows."""
 AUTOCAST = partial(torch.autocast, "cpu", torch.bfloat16)
@@ -111,15 +111,16 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, An
     )  # fmt: skip
     data.setup("fit")
     torch.manual_seed(seed)
-    model, read = BUILDERS[name](data.vocab_size)
-    optimizer = create_optimizer(model, arguments.learning_rate)
+    peer = PEERS[name]
+    model, read = peer.build(data.vocab_size)
+    optimizer = create_optimizer(model, peer.learning_rate)
     batches, state, seconds = iter_batches(data), None, 0.0
     readings: list[dict[str, Any]] = []
     for step in itertools.count(1):
         progress = seconds / arguments.cpu_seconds
         scale = min(1.0, (progress + 0.01 * WARMUP) / WARMUP) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
         for group in optimizer.param_groups:
-            group["lr"] = arguments.learning_rate * scale
+            group["lr"] = peer.learning_rate * scale
         batch = next(batches)
         start = time.process_time()
         _, state = train_step(model, read, batch, state, optimizer)
@@ -170,10 +171,9 @@ def parse_arguments() -> argparse.Namespace:
     benchmarking.add_output_options(parser, plot=True)
     benchmarking.add_data_option(parser, "--root", "pg19-mini", text="books in the PG-19 layout")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/compare-peers"), help="folder of the results")
-    parser.add_argument("--systems", nargs="+", choices=list(BUILDERS), default=list(BUILDERS), metavar="NAME")
+    parser.add_argument("--systems", nargs="+", choices=list(PEERS), default=list(PEERS), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--cpu-seconds", type=float, default=150.0)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
     benchmarking.add_size_options(parser, num_parallel=1)
     return parser.parse_args()
 
@@ -195,8 +195,8 @@ def main() -> None:
             try:
                 files.write_text(paths[futures[future]], json.dumps(future.result()))
             except ModuleNotFoundError as error:
-                packages = next(value for name, value in PACKAGES.items() if futures[future][0].startswith(name))
-                bar.console.print(f"{futures[future][0]}: {error}; left out. pip install --no-deps {packages}")
+                name = futures[future][0]
+                bar.console.print(f"{name}: {error}; left out. pip install --no-deps {PEERS[name].packages}")
             bar.advance(task)
     runs = [json.loads(path.read_text()) for path in paths.values() if path.exists()]
     machine = benchmarking.machine_info(torch.device("cpu"))

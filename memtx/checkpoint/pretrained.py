@@ -33,8 +33,16 @@ CHECKPOINT_KEY = "memtx"
 CHECKPOINT_PREFIX = "model."
 """Prefix of the names of the model's weights in a training checkpoint."""
 
-SIDECAR_FILES = {"tokenizer": "tokenizer.json", "task": "task.json", "summary": "summary.json"}
+SIDECAR_FILES = {
+    "tokenizer": "tokenizer.json",
+    "task": "task.json",
+    "summary": "summary.json",
+    "text_to_text": "text_to_text.json",
+}
 """JSON texts stored with a model, by name, and their files in a pretrained folder."""
+
+TASK_SIDECARS = frozenset({"task", "summary", "text_to_text"})
+"""Those of models that answer inputs of a task."""
 
 
 class PretrainedModel(nn.Module):

@@ -271,7 +271,7 @@ class MemtxCLI(LightningCLI):
     def _print_use(self) -> None:
         path = str(self.config[self.subcommand].ckpt_path)
         sidecars = pretrained.read_sidecars(pretrained.resolve_model_path(path))
-        if not sidecars.keys().isdisjoint({"task", "summary"}):
+        if not sidecars.keys().isdisjoint(pretrained.TASK_SIDECARS):
             print_next_command("Use it with", "predict", "--checkpoint", path, "--text", "TEXT")
         elif not isinstance(self.model, LanguageModule):
             print_next_command("Convert it to a model folder with", "convert", path, "FOLDER")

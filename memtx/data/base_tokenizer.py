@@ -15,6 +15,7 @@ from memtx import files
 from memtx.data.safe_cuts import SafeSplitter, TextChunk
 from memtx.data.text_chunks import TextSplitter
 from memtx.data.token_decoder import TextDecoder, Utf8TextDecoder
+from memtx.data.words import WordIds, letter_word_ids
 from memtx.errors import DataError
 
 TokenIds = NDArray[np.integer[Any]]
@@ -113,6 +114,14 @@ class Tokenizer(ABC):
     @abstractmethod
     def to_json(self) -> str:
         """Return the whole tokenizer as JSON text, which :func:`tokenizer_from_json` reads."""
+
+    def word_ids(self, ids: Sequence[int]) -> WordIds:
+        """Return the index of each token's word, ``(tokens,)`` int64; special tokens are words of their own.
+
+        Words are those into which the tokenizer splits a text before its tokens, or runs of letters and digits. The
+        tokens follow each other in a text, which may begin anywhere.
+        """
+        return letter_word_ids([self.token_bytes(token_id) for token_id in ids])
 
     @property
     def is_trained(self) -> bool:

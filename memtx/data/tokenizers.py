@@ -31,6 +31,7 @@ from memtx.data.tokenizer_files import (
     read_bos_token_id,
     read_text,
 )
+from memtx.data.words import WordIds, WordSplitter
 from memtx.errors import DataError, MemtxError
 
 __all__ = ["BackendTokenizer", "BytePairTokenizer", "ByteTokenizer", "SpecialTokenId", "TokenIds", "Tokenizer"]
@@ -123,6 +124,7 @@ class BackendTokenizer(Tokenizer):
         self._speller = TokenSpeller(self._backend, description)
         for token_id in self._special_token_ids.values():
             self._speller.hide(token_id)
+        self._words = WordSplitter(self._backend, description, self._speller.token_bytes)
         self._finders = {False: self._build_finder(text, description, parse_special=False)}
 
     def _build_finder(self, text: str, description: Mapping[str, Any], *, parse_special: bool) -> CutFinder:
@@ -203,6 +205,11 @@ class BackendTokenizer(Tokenizer):
         self._check_token_id(token_id)
         return self._speller.token_bytes(token_id)
 
+    def word_ids(self, ids: Sequence[int]) -> WordIds:
+        """Return the index of each token's word, ``(tokens,)`` int64; special tokens are words of their own."""
+        self._require_backend()
+        return self._words.word_ids(ids)
+
     def to_json(self) -> str:
         """Return the vocabulary size, the end tokens and the library's JSON as one JSON text."""
         return self._to_json({EOS_KEY: sorted(self.eos_token_ids)} if self.eos_token_ids else {})
@@ -234,7 +241,7 @@ class BackendTokenizer(Tokenizer):
         return self._backend
 
     def __getstate__(self) -> dict[str, Any]:
-        names = [name for name in vars(self) if name not in ("_speller", "_finders")]
+        names = [name for name in vars(self) if name not in ("_speller", "_finders", "_words")]
         return {**{name: vars(self)[name] for name in names}, "_backend": self.is_trained and self._backend.to_str()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -13,7 +13,15 @@ from memtx.hf.checkpoint import HFCheckpoint
 from memtx.hf.config import HFConfig
 from memtx.hf.layout import KeyMapping
 from memtx.hf.loader import has_tied_weights, load_weights
-from memtx.hf.task_heads import MASKED_LM, TaskPooling, get_task, load_task_model
+from memtx.hf.task_heads import (
+    MASKED_LM,
+    AnswerHead,
+    TaskPooling,
+    get_class_name,
+    get_task,
+    load_task_model,
+    unsupported_task_error,
+)
 from memtx.layers.embeddings import TextEmbeddings
 from memtx.layers.encoder_attention import EncoderAttention, FullAttention
 from memtx.models.encoder import Encoder
@@ -142,13 +150,14 @@ def build_encoder(
     activation: str = "gelu",
     mlm_head_activation: Callable[[], nn.Module] | None = None,
     pooling: TaskPooling | None = None,
+    answer_head: AnswerHead | None = None,
 ) -> Encoder | TaskModel:
     """Build the encoder of a folder, with its task head; raises CheckpointError if an option or tensor does not fit.
 
     ``decoder_key`` is the MLM head's output weight, which may be tied to the embeddings; ``attentions`` has one factory
     for all layers or one per layer; ``keys`` defaults to BERT's, ``mlm_head_activation`` to the feed-forward
-    activation, ``pooling`` to BERT's. vocab_size, depth, max_length and activation are defaults of options that the
-    config omits.
+    activation, ``pooling`` and ``answer_head`` to BERT's. vocab_size, depth, max_length and activation are defaults of
+    options that the config omits.
     """
     config, keys = HFConfig(hf_checkpoint.config), keys or EncoderConfigKeys()
     eps = config.get_float(keys.eps, 1e-12) if keys.eps is not None else 1e-12
@@ -172,9 +181,12 @@ def build_encoder(
         activation=config.get_activation(keys.activation, activation),
     )
     vocab_size = config.get_int("vocab_size", vocab_size)
+    if get_class_name(hf_checkpoint.config).endswith("ForMultipleChoice"):
+        raise unsupported_task_error(hf_checkpoint.path, hf_checkpoint.config)
     if (task := get_task(hf_checkpoint.config)) is not None and task != MASKED_LM:
         encoder_factory = partial(encoder_factory, add_mlm_head=False, eps=eps, dropout=dropout)
-        return load_task_model(hf_checkpoint, mapping, task, encoder_factory, vocab_size, pooling or TaskPooling())
+        heads = (pooling or TaskPooling(), answer_head or AnswerHead())
+        return load_task_model(hf_checkpoint, mapping, task, encoder_factory, vocab_size, *heads)
     model_factory = partial(
         encoder_factory,
         vocab_size,

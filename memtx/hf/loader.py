@@ -43,11 +43,14 @@ ENCODERS = {
     "bert": "memtx.hf.bert:build_bert",
     "big_bird": "memtx.hf.sparse_encoders:build_bigbird",
     "distilbert": "memtx.hf.bert:build_distilbert",
+    "led": "memtx.hf.led:build",
     "longformer": "memtx.hf.sparse_encoders:build_longformer",
     "reformer": "memtx.hf.reformer:build",
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), "memtx.hf.bert:build_roberta"),
     "transfo-xl": "memtx.hf.transformer_xl:build",
 }
+BIDIRECTIONAL_ENCODERS = ENCODERS.keys() - {"led", "reformer", "transfo-xl"}
+"""Encoders that continue no text: they serve a task alone."""
 DECODERS = {
     "gemma3_text": "memtx.hf.gemma3:build",
     "gpt2": "memtx.hf.gpt2:build",

@@ -24,11 +24,12 @@ from memtx.hf.bert import (
 from memtx.hf.checkpoint import HFCheckpoint
 from memtx.hf.config import HFConfig
 from memtx.hf.layout import KeyMapping
+from memtx.hf.task_heads import AnswerHead
 from memtx.layers.bigbird import BigBirdAttention
 from memtx.layers.encoder_attention import FullAttention
 from memtx.layers.longformer import LongformerAttention
 from memtx.models.encoder import Encoder
-from memtx.models.heads import TaskModel
+from memtx.models.heads import FeedForwardTokenHead, TaskModel
 
 LONGFORMER = KeyMapping(
     hf_keys={
@@ -80,10 +81,25 @@ BIGBIRD = KeyMapping(
 )
 
 
+BIGBIRD_ANSWER_KEYS = {
+    "intermediate": "qa_classifier.intermediate.dense",
+    "output": "qa_classifier.output.dense",
+    "norm": "qa_classifier.output.LayerNorm",
+    "out": "qa_classifier.qa_outputs",
+}
+
+
 def build_bigbird(hf_checkpoint: HFCheckpoint) -> Encoder | TaskModel:
     """Build the Big Bird of a folder; raises CheckpointError if an option or a tensor does not fit."""
     config = HFConfig(hf_checkpoint.config)
     config.require("is_decoder", False, "decoders of this layout")
+    activation = config.get_activation("hidden_act", "gelu_new")
+    answer_head = partial(
+        FeedForwardTokenHead,
+        inner_dim=config.get_int("intermediate_size", 3072),
+        activation=activation,
+        eps=config.get_float("layer_norm_eps", 1e-12),
+    )
     return build_encoder(
         hf_checkpoint,
         BIGBIRD,
@@ -93,7 +109,8 @@ def build_bigbird(hf_checkpoint: HFCheckpoint) -> Encoder | TaskModel:
         vocab_size=50358,
         max_length=4096,
         activation="gelu_new",
-        pooling=replace(ROBERTA_POOLING, activation=config.get_activation("hidden_act", "gelu_new")),
+        pooling=replace(ROBERTA_POOLING, activation=activation),
+        answer_head=AnswerHead(answer_head, BIGBIRD_ANSWER_KEYS),
     )
 
 

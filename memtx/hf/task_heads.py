@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -35,11 +36,29 @@ class TaskPooling:
     activation: Callable[[], nn.Module] = nn.Tanh
 
 
+@dataclass(frozen=True)
+class AnswerHead:
+    """Head of question answering: its factory, given dim and 2, and its modules' names in the checkpoint."""
+
+    factory: Callable[[int, int], nn.Module] = TokenClassificationHead
+    keys: Mapping[str, str] = field(default_factory=lambda: {"out": "qa_outputs"})
+
+
+def get_class_name(config: Mapping[str, Any]) -> str:
+    """Return the name of the class that wrote config.json; empty if it has none."""
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""
+
+
 def get_task(config: Mapping[str, Any]) -> str | None:
     """Return the end of the class name in config.json that names a task in ``TASKS``, or None."""
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    return next((task for task in TASKS if isinstance(name, str) and name.endswith(task)), None)
+    return next((task for task in TASKS if get_class_name(config).endswith(task)), None)
+
+
+def unsupported_task_error(path: str | os.PathLike[str], config: Mapping[str, Any]) -> CheckpointError:
+    """Return the error of a published encoder without one of ``TASKS``."""
+    message = f"'{path}' holds a {get_class_name(config) or 'model without a class name'}, whose task is not supported."
+    return CheckpointError(message, f"Give a model whose class name ends with {', '.join(TASKS)}.")
 
 
 def load_task_model(
@@ -49,6 +68,7 @@ def load_task_model(
     backbone: Callable[[int], nn.Module],
     vocab_size: int,
     pooling: TaskPooling,
+    answer_head: AnswerHead,
 ) -> TaskModel:
     """Build the backbone of a folder with its head; raises CheckpointError if a tensor does not fit."""
     keys = {
@@ -60,10 +80,12 @@ def load_task_model(
         keys |= {"head.pooling.dense": [pooling.dense], "head.out": [out]}
         pooling_factory = partial(CLSPooling, activation=pooling.activation)
         head: Callable[[int, int], nn.Module] = partial(SequenceClassificationHead, pooling=pooling_factory)
+    elif task == QUESTION_ANSWERING:
+        out, head = answer_head.keys["out"], answer_head.factory
+        keys |= {f"head.{name}": [key] for name, key in answer_head.keys.items()}
     else:
-        out = "qa_outputs" if task == QUESTION_ANSWERING else "classifier"
+        out, head = "classifier", TokenClassificationHead
         keys["head.out"] = [out]
-        head = TokenClassificationHead
     if not pooling.dense.startswith("pooler") or task != SEQUENCE_CLASSIFICATION:
         extra_patterns.append(POOLER_PATTERN)
     task_mapping = replace(

@@ -226,17 +226,22 @@ class Summarizer(BasePredictor):
         return {"summary": summary, "complete": bool(end)}
 
 
-def load_predictor(path: str | os.PathLike[str]) -> Predictor | Summarizer:
+def load_predictor(path: str | os.PathLike[str]) -> BasePredictor:
     """Load the predictor for the model at ``path``; raises like its ``load``."""
-    return Summarizer.load(path) if "summary" in _read_sidecars(path) else Predictor.load(path)
+    sidecars = _read_sidecars(path)
+    if "text_to_text" in sidecars:
+        from memtx.inference.text_to_text import TextToText  # which has this module's base class
+
+        return TextToText.load(path)
+    return Summarizer.load(path) if "summary" in sidecars else Predictor.load(path)
 
 
 def is_task_model(path: str | os.PathLike[str]) -> bool:
-    """Return whether the model at ``path`` was trained on a task or on summaries.
+    """Return whether the model at ``path`` was trained on a task.
 
     Raises CheckpointError if the checkpoint is missing, damaged, or not from memtx.
     """
-    return not {"task", "summary"}.isdisjoint(_read_sidecars(path))
+    return not pretrained.TASK_SIDECARS.isdisjoint(_read_sidecars(path))
 
 
 def _read_sidecars(path: str | os.PathLike[str]) -> Mapping[str, str]:

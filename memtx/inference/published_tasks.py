@@ -18,30 +18,48 @@ from memtx.data.tasks.question_answering import QuestionAnswering
 from memtx.data.tasks.tagging import TokenClassification
 from memtx.errors import CheckpointError, DataError
 from memtx.hf.checkpoint import CONFIG_FILE, read_config
-from memtx.hf.loader import is_hf_folder
-from memtx.hf.task_heads import MASKED_LM, QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION, get_task
+from memtx.hf.loader import BIDIRECTIONAL_ENCODERS, is_hf_folder
+from memtx.hf.task_heads import MASKED_LM, QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION, get_task, unsupported_task_error
 from memtx.inference.deadline import acquire_before
 from memtx.inference.predictor import BasePredictor, PredictInput, Predictor
+from memtx.inference.text_to_text import load_text_to_text
 from memtx.models.encoder import Encoder
+from memtx.models.encoder_decoder import EncoderDecoder
 from memtx.models.heads import TaskModel
 
 MAX_ANSWER_LENGTH = 30
 ALWAYS_ANSWER = -1e30
 """Threshold below any score: a published model always answers, since few were trained to decline."""
 
+CONDITIONAL_GENERATION = "ForConditionalGeneration"
+"""End of the class name of an encoder-decoder that makes texts."""
+
 DEFAULT_TOP_K, MAX_TOP_K = 5, 100
 
 
 def get_published_task(path: str | os.PathLike[str]) -> str | None:
-    """Return the task that a published folder was fine-tuned for, or None for any other path."""
-    is_published = (Path(path) / CONFIG_FILE).is_file() and is_hf_folder(path)
-    return get_task(read_config(path)[1]) if is_published else None
+    """Return the task that a published folder was fine-tuned for, or None for any other path.
+
+    Raises CheckpointError for an encoder of another task, or of none, which predicts nothing.
+    """
+    if not ((Path(path) / CONFIG_FILE).is_file() and is_hf_folder(path)):
+        return None
+    config = read_config(path)[1]
+    # Models of text and images are named so, too, and are no encoder-decoders.
+    if config.get("is_encoder_decoder") is True:
+        return CONDITIONAL_GENERATION
+    task = get_task(config)
+    if task is None and config.get("model_type") in BIDIRECTIONAL_ENCODERS:
+        raise unsupported_task_error(path, config)
+    return task
 
 
 def load_published_predictor(path: str | os.PathLike[str]) -> BasePredictor:
     """Load the predictor of a published folder with a task; raises CheckpointError if a file is missing or damaged."""
     folder, (_, config) = Path(path), read_config(path)
     tokenizer, model = HFTokenizer(str(folder / "tokenizer.json")), load(path).model
+    if isinstance(model, EncoderDecoder):
+        return load_text_to_text(model, tokenizer, folder)
     max_length = _get_max_length(folder, config)
     task_name = get_task(config)
     if task_name == MASKED_LM and isinstance(model, Encoder):

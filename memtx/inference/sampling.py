@@ -142,11 +142,11 @@ def sample_batch(logits: Tensor, batch: Sequence[SamplingRow], vocab_size: int) 
     is_all = len(logprob_rows) == len(batch)
     num_top = max((batch[index].num_logprobs or 0 for index in logprob_rows), default=0)
     top = log_norms = None
+    part = logits if is_all else logits[logprob_rows]
     if logprob_rows:
-        part = logits if is_all else logits[logprob_rows]
         peak = part.amax(1, keepdim=True)
         shifted = torch.sub(part, peak, out=workspace("before", len(part), part.shape[1], part.device))
-        log_norms = shifted.exp_().sum(1, keepdim=True).log() + peak
+        log_norms = shifted.div_(math.log(2)).exp2_().sum(1, keepdim=True).log() + peak
     if num_top:
         # Rounded, so that equally likely tokens are chosen alike whatever the others request.
         count = min(-(-num_top // 32) * 32, vocab_size)
@@ -156,9 +156,9 @@ def sample_batch(logits: Tensor, batch: Sequence[SamplingRow], vocab_size: int) 
     sampled: list[SampledToken | MemtxError] = [SampledToken(token) for token in tokens]
     if log_norms is not None:
         chosen = torch.tensor([[tokens[index]] for index in logprob_rows], device=logits.device)
-        logprobs = (logits[logprob_rows].gather(1, chosen) - log_norms)[:, 0].tolist()
-        top_ids: list[list[int]] = top[1].tolist() if top is not None else [[]] * len(logprob_rows)
-        top_values = (top[0] - log_norms).tolist() if top is not None else [[]] * len(logprob_rows)
+        logprobs = (part.gather(1, chosen) - log_norms)[:, 0].tolist()
+        top_ids: list[list[int]] = top[1][:, :num_top].tolist() if top is not None else [[]] * len(logprob_rows)
+        top_values = (top[0][:, :num_top] - log_norms).tolist() if top is not None else [[]] * len(logprob_rows)
         for index, logprob, ids, values in zip(logprob_rows, logprobs, top_ids, top_values, strict=True):
             pairs = [pair for pair in zip(ids, values, strict=True) if pair[1] > -math.inf]
             sampled[index] = SampledToken(tokens[index], logprob, tuple(pairs[: batch[index].num_logprobs]))

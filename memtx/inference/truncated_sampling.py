@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 BLOCK = 128
 """Tokens per partial sum."""
 
-TOP_K_BLOCK = 32
-"""Tokens per maximum in the search for the largest logits."""
+TOP_K_BLOCKS = (32, 4)
+"""Tokens per maximum in the search for the largest logits, first in all and then in the best blocks."""
 
 BELOW_ONE = 1 - 2**-24
 """Largest float32 below 1."""
+
+MIN_LOG_WEIGHT = -200.0
+"""Logarithm to base 2 below that of every float32, and finite."""
 
 MIN_TEMPERATURE = 1e-30
 """Lower temperatures are greedy already: a quotient of this size never overflows."""
@@ -37,16 +40,18 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the ``k`` largest of ``(batch, length)`` scores and their indices, both ``(batch, k)``.
 
     The largest come first, equal ones by index. They are searched in the k blocks of the largest maxima, which hold
-    them all.
+    them all, and there in smaller blocks.
     """
-    num_blocks = scores.shape[1] // TOP_K_BLOCK
-    if scores.shape[1] % TOP_K_BLOCK or 4 * k > num_blocks:
-        values, indices = scores.topk(k, dim=1)
-    else:
-        blocks = scores.view(len(scores), num_blocks, TOP_K_BLOCK)
-        best = blocks.amax(-1).topk(k, dim=1).indices
-        values, inside = blocks.gather(1, best[..., None].expand(-1, -1, TOP_K_BLOCK)).flatten(1).topk(k, dim=1)
-        indices = best.gather(1, inside // TOP_K_BLOCK) * TOP_K_BLOCK + inside % TOP_K_BLOCK
+    values, best_blocks = scores, list[tuple[Tensor, int]]()
+    for size in TOP_K_BLOCKS:
+        if values.shape[1] % size == 0 and 4 * k <= values.shape[1] // size:
+            blocks = values.view(len(values), -1, size)
+            best = blocks.amax(-1).topk(k, dim=1, sorted=False).indices
+            values = blocks.gather(1, best[..., None].expand(-1, -1, size)).flatten(1)
+            best_blocks.append((best, size))
+    values, indices = values.topk(k, dim=1, sorted=False)
+    for best, size in reversed(best_blocks):
+        indices = best.gather(1, indices // size) * size + indices % size
     indices, order = indices.sort(1)
     values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
     return values, indices.gather(1, order)
@@ -65,8 +70,6 @@ def draw_tokens(
         if 0 < param.top_k < scores.shape[1]:
             # Some more, for tokens as likely as the last; a function of the row alone.
             num_candidates = min(-(-param.top_k // 16) * 16 + 16, scores.shape[1])
-        elif param.typical_p < 1 and param.top_p < 1:
-            num_candidates = scores.shape[1]
         groups.setdefault((num_candidates, param.typical_p < 1), []).append(index)
     tokens = [0] * len(params)
     for (num_candidates, is_typical), indices in groups.items():
@@ -82,10 +85,10 @@ def draw_tokens(
     return tokens
 
 
-def _to_weights(scores: Tensor, highest: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Return probabilities up to a factor, in place of the scores."""
-    temperatures = _column([max(param.temperature, MIN_TEMPERATURE) for param in params], scores)
-    return scores.sub_(highest).div_(temperatures).exp_()
+def _to_log_weights(scores: Tensor, highest: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Return logarithms of probabilities up to a factor, to base 2, in place of the scores."""
+    temperatures = [max(param.temperature, MIN_TEMPERATURE) * math.log(2) for param in params]
+    return scores.sub_(highest).div_(_column(temperatures, scores))
 
 
 def _draw_candidates(
@@ -93,14 +96,16 @@ def _draw_candidates(
 ) -> list[int]:
     """Return ids sampled among the ``count`` best of each row."""
     values, ids = top_k(scores, count)
-    weights = _to_weights(values, highest, params).double()
+    weights = _to_log_weights(values, highest, params).exp2_().double()
     last = torch.tensor([[min(param.top_k or count, count) - 1] for param in params], device=scores.device)
     weights = weights.masked_fill_(weights < weights.gather(1, last), 0.0)
     ends = weights.cumsum(1)
     weights.masked_fill_(ends - weights >= _column([param.top_p for param in params], ends) * ends[:, -1:], 0.0)
     weights.masked_fill_(weights < _column([param.min_p for param in params], weights) * weights[:, :1], 0.0)
     if any(param.typical_p < 1 for param in params):
-        surprisals = _distance_to_entropy(weights, weights.sum(1, keepdim=True))
+        log_weights = weights.log2().clamp_(min=MIN_LOG_WEIGHT)
+        # The distance of the surprisal from the entropy.
+        surprisals = (log_weights - (log_weights * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True)).abs_()
         ranks, order = surprisals.sort(dim=1, stable=True)
         ends = weights.gather(1, order).cumsum(1)
         limits = _column([param.typical_p for param in params], ends) * ends[:, -1:]
@@ -116,24 +121,25 @@ def _draw_any(
     scores: Tensor, highest: Tensor, params: Sequence[SamplingParams], randoms: Sequence[Random], is_typical: bool
 ) -> list[int]:
     """Return ids sampled among all of each row."""
-    weights = _to_weights(scores, highest, params)
+    log_weights = _to_log_weights(scores, highest, params)
+    weights = workspace("weights", len(scores), scores.shape[1], scores.device) if is_typical else log_weights
+    torch.exp2(log_weights, out=weights)  # faster than exp
     ps = [param.typical_p if is_typical else param.top_p for param in params]
     if not is_typical:
         limits = _column(ps, weights).double() * _sum(weights)
+    elif any(param.top_p < 1 for param in params):
+        _keep_top_p(weights, [param.top_p for param in params])
     _keep_at_least(weights, [param.min_p for param in params])
     ranks = None
     if is_typical:
         totals = _sum(weights)
-        limits, ranks = _column(ps, weights).double() * totals, _distance_to_entropy(weights, totals)
+        limits = _column(ps, weights).double() * totals
+        product = workspace("before", len(scores), scores.shape[1], scores.device)
+        torch.mul(log_weights.clamp_(min=MIN_LOG_WEIGHT), weights, out=product)
+        # How far the surprisal of each token is from the entropy.
+        ranks = log_weights.sub_((_sum(product) / totals).to(scores.dtype)).abs_()
     limits.masked_fill_(torch.tensor(ps, device=weights.device)[:, None] >= 1, math.inf)
     return _draw_until_accepted(weights, ranks, limits if min(ps) < 1 else None, randoms)
-
-
-def _distance_to_entropy(weights: Tensor, totals: Tensor) -> Tensor:
-    """Return how far the surprisal of each token is from the entropy; farthest where the weight is 0."""
-    log_weights = weights.log().clamp_(min=-200)  # below every float32, and finite
-    entropy = totals.log() - (log_weights * weights).sum(1, keepdim=True) / totals
-    return log_weights.neg_().add_((totals.log() - entropy).to(weights.dtype)).abs_()
 
 
 def _draw_until_accepted(
@@ -158,11 +164,10 @@ def _draw_until_accepted(
         before = workspace("before", len(weights), weights.shape[1], weights.device)
         if ranks is None:
             # Scaled by the border, so that one number is the threshold of all rows.
-            before = torch.div(weights, border, out=workspace("before", len(weights), weights.shape[1], weights.device))
+            torch.div(weights, border, out=before)
             before = F.threshold(before, 1.0, 0.0, inplace=True).mul_(border)
         else:
-            before = torch.sub(border, ranks, out=workspace("before", len(weights), weights.shape[1], weights.device))
-            before.sign_().clamp_(min=0).mul_(weights)
+            torch.lt(ranks, border, out=before).mul_(weights)  # as numbers: a mask would be slower
         # The device is waited for once a round.
         results = torch.cat([sampled, (_sum(before) >= limits).to(sampled.dtype)], 1).tolist()
         for index, (token, _) in zip(pending, results, strict=True):
@@ -212,6 +217,24 @@ def _keep_at_least(weights: Tensor, floors: Sequence[float]) -> None:
         F.threshold(part.div_(floor), BELOW_ONE, 0.0, inplace=True).mul_(floor)
         if not is_all:
             weights[indices] = part
+
+
+def _keep_top_p(weights: Tensor, ps: Sequence[float]) -> None:
+    """Set weights of each row to 0 if those above them sum to the fraction ``p`` or more.
+
+    The smallest weight to keep is found by bisection of its bits, which order as the numbers do.
+    """
+    limits = _column([p if p < 1 else math.inf for p in ps], weights).double() * _sum(weights)
+    low = torch.zeros(len(weights), 1, dtype=torch.int32, device=weights.device)
+    high = torch.ones_like(low, dtype=torch.float32).view(torch.int32)  # the largest weight is 1
+    above = workspace("before", len(weights), weights.shape[1], weights.device)
+    for _ in range(30):
+        middle = low + (high - low) // 2
+        torch.gt(weights, middle.view(torch.float32), out=above).mul_(weights)
+        is_kept = _sum(above) < limits
+        low, high = torch.where(is_kept, low, middle), torch.where(is_kept, middle, high)
+    torch.ge(weights, high.view(torch.float32), out=above)
+    weights.mul_(above)
 
 
 def workspace(name: str, batch_size: int, length: int, device: torch.device) -> Tensor:

@@ -101,6 +101,37 @@ class TokenClassificationHead(nn.Module):
         return self.out(self.dropout(x))
 
 
+class FeedForwardTokenHead(TokenClassificationHead):
+    """Scores every token after one more feed-forward part, as Big Bird finds answers.
+
+    Args:
+        dim: Width of the hidden states.
+        num_labels: Number of scores per token.
+        inner_dim: Width inside the feed-forward part.
+        activation: Factory of its activation.
+        eps: Epsilon of its layer norm.
+        dropout: Dropout rate of the hidden states and of the feed-forward part.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_labels: int,
+        inner_dim: int,
+        activation: Callable[[], nn.Module] = nn.GELU,
+        eps: float = 1e-12,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__(dim, num_labels, dropout)
+        self.intermediate, self.activation = Linear(dim, inner_dim), activation()
+        self.output, self.norm = Linear(inner_dim, dim), nn.LayerNorm(dim, eps=eps)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return logits ``(batch, length, num_labels)`` for x ``(batch, length, dim)``."""
+        hidden = self.output(self.activation(self.intermediate(self.dropout(x))))
+        return self.out(self.norm(self.dropout(hidden) + x))
+
+
 class MemoryTransformerBackbone(nn.Module):
     """A memory transformer that reads a whole text segment by segment, as the backbone of a head.
 

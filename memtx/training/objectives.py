@@ -12,43 +12,7 @@ import torch
 from torch import Tensor
 
 from memtx.data.batch import IGNORE_INDEX
-from memtx.data.tokenizers import Tokenizer
 from memtx.errors import MemtxError
-
-
-class WordBoundaries(NamedTuple):
-    """Positions of tokens within words.
-
-    Attributes:
-        continues_word: ``(vocab,)`` bool, True if a token begins with a letter or digit, so that it continues the word
-            of a preceding token that ends in one.
-        ends_in_word: ``(vocab,)`` bool, True if a token ends with a letter or digit.
-    """
-
-    continues_word: Tensor
-    ends_in_word: Tensor
-
-
-def find_word_boundaries(tokenizer: Tokenizer) -> WordBoundaries:
-    """Return the word boundaries of a trained tokenizer's tokens."""
-
-    def is_letter(byte: int) -> bool:
-        # Parts of characters beyond ASCII count as letters.
-        return byte >= 0x80 or chr(byte).isalnum()
-
-    contents = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
-    continues_word = torch.tensor([bool(content) and is_letter(content[0]) for content in contents])
-    ends_in_word = torch.tensor([bool(content) and is_letter(content[-1]) for content in contents])
-    return WordBoundaries(continues_word, ends_in_word)
-
-
-def compute_word_ids(tokens: Tensor, boundaries: WordBoundaries) -> Tensor:
-    """Return the index of each token's word in its text, ``(batch, length)`` int64."""
-    continues_word = boundaries.continues_word[tokens]
-    continues_word[:, 1:] &= boundaries.ends_in_word[tokens[:, :-1]]
-    continues_word[:, 0] = False
-    word_ids: Tensor = (~continues_word).cumsum(1) - 1
-    return word_ids
 
 
 class MaskedTokens(NamedTuple):
@@ -65,7 +29,7 @@ def mask_tokens(
     vocab_size: int,
     mask_prob: float = 0.15,
     special_token_ids: Iterable[int] = (),
-    word_boundaries: WordBoundaries | None = None,
+    word_ids: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> MaskedTokens:
     """Select tokens to predict and mask them (BERT, Devlin et al. 2019, section 3.1).
@@ -76,9 +40,9 @@ def mask_tokens(
         tokens: ``(batch, length)`` int64.
         mask_token_id: Id of the mask token.
         vocab_size: Random tokens are sampled below it.
-        mask_prob: Probability that a token, or a word if ``word_boundaries`` is given, is selected.
+        mask_prob: Probability that a token, or a word if ``word_ids`` is given, is selected.
         special_token_ids: Ids that are never selected, such as the one that begins a document.
-        word_boundaries: Word boundaries of the tokens, to select whole words.
+        word_ids: Index of each token's word in its text, ``(batch, length)`` int64, to select whole words.
         generator: Random number generator on the tokens' device. Defaults to torch's own.
 
     Raises:
@@ -91,9 +55,9 @@ def mask_tokens(
         return torch.rand(tokens.shape, generator=generator, device=tokens.device)
 
     selected = uniform() < mask_prob
-    if word_boundaries is not None:
+    if word_ids is not None:
         # All tokens of a word share one random number.
-        selected = selected.gather(1, compute_word_ids(tokens, word_boundaries))
+        selected = selected.gather(1, word_ids)
     for token_id in special_token_ids:
         selected &= tokens != token_id
     labels = torch.where(selected, tokens, IGNORE_INDEX)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -96,18 +97,15 @@ class MaskedModule(TokenPredictionModule):
         self.mask_id = vocab_size if mask_id is None else mask_id
         self.model = model(vocab_size + (mask_id is None))
         self.mask_prob, self.whole_words = mask_prob, whole_words
-        self._word_boundaries: objectives.WordBoundaries | None = None
 
     def setup(self, stage: str) -> None:
-        """Load the teacher, and find the word boundaries if whole words are masked."""
+        """Load the teacher."""
         if self.distillation is not None and self.distillation.uses_cache:
             raise MemtxError(
                 "distillation.cache_dir caches the teacher's logits, but masks differ in every epoch.",
                 "Remove cache_dir from model.distillation.",
             )
         super().setup(stage)
-        if self.whole_words and self._word_boundaries is None:
-            self._word_boundaries = objectives.find_word_boundaries(self.datamodule.tokenizer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of the masked tokens, or the distillation losses."""
@@ -134,17 +132,18 @@ class MaskedModule(TokenPredictionModule):
         return logits, masked.labels[scored]
 
     def _mask_batch(self, batch: Batch, generator: torch.Generator | None) -> objectives.MaskedTokens:
-        boundaries, device = self._word_boundaries, batch.tokens.device
-        if boundaries is not None and boundaries.continues_word.device != device:
-            boundaries = objectives.WordBoundaries(*(tensor.to(device) for tensor in boundaries))
-            self._word_boundaries = boundaries
+        word_ids = None
+        if self.whole_words:
+            tokenizer, sequences = self.datamodule.tokenizer, batch.tokens.tolist()
+            word_ids = torch.from_numpy(np.stack([tokenizer.word_ids(tokens) for tokens in sequences]))
+            word_ids = word_ids.to(batch.tokens.device)
         return objectives.mask_tokens(
             batch.tokens,
             mask_token_id=self.mask_id,
             vocab_size=self.data_vocab_size,
             mask_prob=self.mask_prob,
             special_token_ids=(self.bos_token_id(),),
-            word_boundaries=boundaries,
+            word_ids=word_ids,
             generator=generator,
         )
 

@@ -28,6 +28,7 @@ BOOKS = {"quickstart", "pg19", "pg19-mini", "enwik8", "enwik8-copy", "transforme
 PRETRAINING = {"longformer-mlm", "bigbird-mlm", "reformer-clm", "distilbert", "tinybert-general"}
 SYNTHETIC = {"recall"}
 TASKS = {"movie-reviews": "classification", "conll2000": "tagging", "rte": "matching", "squad2": "questions"}
+SUMMARIES = {"summaries", "led-summaries"}
 BACKBONES = {*TASKS, "tinybert-task"}
 """Configs of tasks, whose model is a backbone with a head; those with a teacher are trained in test_distil."""
 
@@ -39,7 +40,7 @@ def settings(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_all_configs_exist() -> None:
-    assert {path.removesuffix(".yaml") for path in NAMES} >= BOOKS | PRETRAINING | BACKBONES | SYNTHETIC | {"summaries"}
+    assert {path.removesuffix(".yaml") for path in NAMES} >= BOOKS | PRETRAINING | BACKBONES | SYNTHETIC | SUMMARIES
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
@@ -299,7 +300,7 @@ def test_prediction_needs_only_the_run_of_a_task(program: Program, tmp_path: Pat
     assert all(key in line for line in lines)
 
 
-@pytest.mark.parametrize("name", [*sorted(BACKBONES), "summaries"])
+@pytest.mark.parametrize("name", [*sorted(BACKBONES), *sorted(SUMMARIES)])
 def test_without_examples_the_error_says_where_to_get_them(program: Program, tmp_path: Path, name: str) -> None:
     result = program("fit", "--config", str(HOME / "configs" / f"{name}.yaml"), cwd=tmp_path)
     assert result.code == 2

@@ -20,14 +20,14 @@ from tests.hf.folders import write
 from tests.hf.test_task_heads import RECORDED, draw
 from tests.tasks import texts
 
-FAMILIES = ("Bert", "DistilBert", "Roberta", "Longformer")
+FAMILIES = ("Bert", "DistilBert", "Roberta", "Longformer", "BigBird")
 
 
 def backend_of(family: str) -> Any:
     """Return a tokenizer of the family's kind, trained on a few words."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-    if family in ("Bert", "DistilBert"):
+    if family in ("Bert", "DistilBert", "BigBird"):
         backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         backend.normalizer, backend.decoder = normalizers.BertNormalizer(lowercase=True), decoders.WordPiece()
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -148,7 +148,7 @@ def test_questions_are_answered(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masked_tokens_are_filled(tmp_path: Path, family: str) -> None:
     folder = folder_of(tmp_path, family, "MaskedLM")
-    mask = "[MASK]" if "Bert" in family else "<mask>"
+    mask = "<mask>" if family in ("Roberta", "Longformer") else "[MASK]"
     predictor = load_published_predictor(folder)
     text = f"the {mask} saw the {mask}"
     prediction = predictor.predict([{"text": text, "top_k": 3}])[0]
@@ -184,6 +184,19 @@ def test_a_published_folder_is_served_and_predicts(tmp_path: Path, capsys: pytes
         response = web.post("/v1/predict", json={"input": ["the whale", {"text": "x", "text_pair": "y"}]}).json()
     assert response["task"] == "text_classification"
     assert response["data"][0] == {"index": 0, **printed} or response["data"][0]["label"] == printed["label"]
+
+
+@pytest.mark.parametrize("family", ["Bert", "BigBird"])
+@pytest.mark.parametrize("name", ["ForMultipleChoice", "ForNextSentencePrediction", "Model", ""])
+def test_other_tasks_are_named(tmp_path: Path, family: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_of(tmp_path, family, "SequenceClassification", architectures=[f"{family}{name}"] if name else None)
+    class_name = f"{family}{name}" if name else "model without a class name"
+    for words in (["predict", "--text", "x"], ["serve"]):
+        assert main([*words, "--checkpoint", str(folder)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"holds a {class_name}, whose task is not supported. Give a model whose class name ends with" in line
+    with pytest.raises(CheckpointError, match="whose task is not supported" if "Choice" in name else "classifier"):
+        memtx.from_pretrained(folder)
 
 
 def test_damaged_labels_are_named(tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ _VAL_METRICS = (
     ("val_accuracy", "accuracy", ".4f"),
     ("val_exact_match", "exact match", ".4f"),
     ("val_f1", "F1", ".4f"),
+    ("val_rouge1", "ROUGE-1", ".4f"),
+    ("val_rouge2", "ROUGE-2", ".4f"),
+    ("val_rougeL", "ROUGE-L", ".4f"),
     ("val_memory_gain", "memory gain", ".4f"),
 )
 _SHORT_NAMES = {

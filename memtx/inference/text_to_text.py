@@ -1,0 +1,117 @@
+"""Predictor of published encoder-decoders: summaries and other texts made from a text, with the folder's options."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from memtx import files
+from memtx.checkpoint.load import load
+from memtx.data.hf_tokenizers import HFTokenizer, hf_tokenizer_from_json
+from memtx.data.tasks.base import build_inputs
+from memtx.data.tasks.examples import SummaryExample
+from memtx.errors import CheckpointError, DataError, MemtxError
+from memtx.inference.deadline import acquire_before
+from memtx.inference.predictor import BasePredictor, PredictInput
+from memtx.models.beam_search import BeamSearchOptions, generate_targets
+from memtx.models.encoder_decoder import EncoderDecoder
+
+DEFAULT_MAX_LENGTH = 256
+"""Tokens of a target where the folder's files name no ``max_length``."""
+TRAINED_NUM_BEAMS = 4
+"""Hypotheses of models that were trained here."""
+
+
+class TextToText(BasePredictor):
+    """Makes a text from a text; the first token is global, and the model is put into eval mode.
+
+    Args:
+        model: Model.
+        tokenizer: Its tokenizer.
+        options: Options of the search.
+        max_source_length: Maximum tokens of a text, with special tokens.
+    """
+
+    task_name = "summary"
+    model: EncoderDecoder
+
+    def __init__(
+        self, model: EncoderDecoder, tokenizer: HFTokenizer, options: BeamSearchOptions, max_source_length: int
+    ) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.options = model.eval(), tokenizer, options
+        self.max_source_length = max_source_length
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Load a checkpoint or run folder; raises CheckpointError if it is damaged or was not trained so."""
+        checkpoint = load(path)
+        try:
+            limits = json.loads(checkpoint.sidecars["text_to_text"])
+            tokenizer = hf_tokenizer_from_json(checkpoint.sidecars["tokenizer"])
+            options = BeamSearchOptions(TRAINED_NUM_BEAMS, int(limits["max_target_length"]) + 1)
+            max_source_length = int(limits["max_length"])
+        except (KeyError, ValueError, TypeError) as error:
+            message = f"'{checkpoint.path}' was not trained to make texts from texts."
+            raise CheckpointError(message, "Give a run that was.") from error
+        return cls(checkpoint.model_as(EncoderDecoder), tokenizer, options, max_source_length)
+
+    def to_example(self, raw_input: PredictInput) -> SummaryExample:
+        """Convert a raw text, or ``{"text": ...}``, to an example."""
+        return SummaryExample.parse({"text": raw_input} if isinstance(raw_input, str) else raw_input, False)
+
+    def predict(self, inputs: Sequence[PredictInput], *, deadline: float | None = None) -> list[dict[str, Any]]:
+        """Return the ``summary`` of each input; ``complete`` is False if it was cut at the maximum length."""
+        sources = self._map_inputs(inputs, lambda raw_input: self._encode(self.to_example(raw_input).text))
+        with acquire_before(deadline, self._lock):
+            return [self._predict(ids, deadline) for ids in sources]
+
+    def _encode(self, text: str) -> torch.Tensor:
+        (encoding,) = self.tokenizer.encode_with_offsets([text])
+        ids, *_ = build_inputs(self.tokenizer, encoding.ids)
+        if len(ids) > self.max_source_length:
+            message = f"The text has {len(ids)} tokens, the model reads {self.max_source_length} at once."
+            raise DataError(message, "Send less text.")
+        return torch.from_numpy(ids)
+
+    def _predict(self, ids: torch.Tensor, deadline: float | None) -> dict[str, Any]:
+        self._check_active(deadline)
+        tokens = ids[None].to(self.model.logits_bias.device)
+        is_global = torch.zeros_like(tokens)
+        is_global[:, 0] = 1
+        eos_token_ids = self.tokenizer.eos_token_ids or {self.tokenizer.sep_token_id}
+        (target,) = generate_targets(
+            self.model, tokens, None, is_global, options=self.options, eos_token_ids=eos_token_ids,
+            before_step=lambda: self._check_active(deadline),
+        )  # fmt: skip
+        self.num_tokens_read += len(ids)
+        is_complete = len(target) > 1 and target[-1] in eos_token_ids
+        text = self.tokenizer.decode(target[1 : -1 if is_complete else None])
+        return {"summary": text.strip(), "complete": is_complete}
+
+
+def load_text_to_text(model: EncoderDecoder, tokenizer: HFTokenizer, folder: Path) -> TextToText:
+    """Return the predictor of a published folder; raises CheckpointError if an option of its files is invalid.
+
+    The options of the search are those of generation_config.json, or of config.json, with the library's defaults; the
+    maximum length is at most the decoder's, and 256 if none is given.
+    """
+    names = {field.name for field in fields(BeamSearchOptions)}
+    options: dict[str, Any] = {}
+    for name in ("config.json", "generation_config.json"):
+        if (path := folder / name).is_file() and isinstance(values := files.read_json(path), dict):
+            options |= {key: value for key, value in values.items() if key in names and value is not None}
+    limit = model.position_embeddings.num_embeddings
+    options["max_length"] = min(options.get("max_length", DEFAULT_MAX_LENGTH), limit)
+    try:
+        search = BeamSearchOptions(**options)
+    except (MemtxError, TypeError) as error:
+        raise CheckpointError(f"'{folder}' has options that cannot be used: {error}", "Restore its files.") from error
+    source_positions = model.encoder.embedding.position_embeddings.num_embeddings
+    return TextToText(model, tokenizer, search, source_positions)
