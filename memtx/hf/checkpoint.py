@@ -28,6 +28,8 @@ from memtx.errors import CheckpointError
 CONFIG_FILE = "config.json"
 SAFETENSORS_FILE = "model.safetensors"
 PICKLE_FILE = "pytorch_model.bin"
+OTHER_SUFFIXES = (".gguf", ".ggml", ".pth", ".pt", ".bin", ".safetensors", ".msgpack", ".h5", ".onnx")
+"""Ends of the names of weights, also in other formats and under other names."""
 INDEX_SUFFIX = ".index.json"
 
 DTYPES = {
@@ -170,7 +172,12 @@ def _open_tensors(folder: Path) -> dict[str, LazyTensor]:
                 tensors.update(shard)
             return tensors
     message = f"'{folder}' has neither {SAFETENSORS_FILE} nor {PICKLE_FILE}, nor an index of either."
-    raise CheckpointError(message, "Give a folder with a complete checkpoint.")
+    hint = "Give a folder with a complete checkpoint."
+    if others := sorted(path.name for path in folder.iterdir() if path.suffix in OTHER_SUFFIXES):
+        hint = f"{', '.join(others[:3])} cannot be read. {hint}"
+    if (folder / "adapter_config.json").is_file():
+        hint = "It holds an adapter: merge it into its base model first (peft's merge_and_unload)."
+    raise CheckpointError(message, hint)
 
 
 def _read_index(index_path: Path) -> dict[str, set[str]]:

@@ -62,8 +62,11 @@ class ChatBody(GenerationBody):
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
+    modalities: list[Literal["text"]] | None = None
     parallel_tool_calls: bool | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
     service_tier: str | None = None
     store: bool | None = None
 

@@ -53,7 +53,7 @@ StopString = Annotated[Text, Field(min_length=1, max_length=1000)]
 
 
 class RequestBody(BaseModel):
-    """JSON object of a request."""
+    """JSON object of a request; a field that is null is as one that is absent."""
 
     # Strict: otherwise true would be 1, and "5" would be 5.
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -61,7 +61,11 @@ class RequestBody(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _reject_unknown_fields(cls, value: Any) -> Any:
-        if isinstance(value, dict) and (unknown := sorted(value.keys() - cls.model_fields.keys())):
+        if not isinstance(value, dict):
+            return value
+        # Clients write out fields that nobody set.
+        value = {name: content for name, content in value.items() if content is not None}
+        if unknown := sorted(value.keys() - cls.model_fields.keys()):
             # A name may hold half of a surrogate pair, which a message cannot.
             name = str(unknown[0]).encode("utf-8", "replace").decode()[:80]
             context = {"name": name, "known": list(cls.model_fields)}
@@ -75,7 +79,7 @@ class GenerationBody(RequestBody):
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
     temperature: float | None = 1.0
     top_p: float | None = 1.0
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0  # in vLLM, -1 too keeps all
     min_p: float = 0.0
     typical_p: float = 1.0
     repetition_penalty: float = 1.0
@@ -108,6 +112,7 @@ class GenerationBody(RequestBody):
         names = ["temperature", "top_p", "top_k", "min_p", "typical_p"]
         names += ["repetition_penalty", "presence_penalty", "frequency_penalty"]
         values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        values["top_k"] = max(self.top_k, 0)
         values["logit_bias"] = {int(token): bias for token, bias in (self.logit_bias or {}).items()}
         # Candidates are compared by their log-probabilities.
         logprobs = self.num_logprobs

@@ -43,3 +43,14 @@ def test_a_quantizer_that_writes_its_own_file_is_named(tmp_path: Path) -> None:
     (folder / "quantize_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"quantize_config\.json in place of a quantization_config"):
         memtx.from_pretrained(folder)
+
+
+def test_a_folder_without_weights_of_its_own_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    (tmp_path / "consolidated.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"consolidated\.safetensors, model-Q4_K_M\.gguf cannot be read"):
+        memtx.from_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds an adapter: merge it into its base model"):
+        memtx.from_pretrained(tmp_path)

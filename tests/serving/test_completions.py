@@ -198,6 +198,29 @@ def test_values_that_change_nothing_are_accepted(tmp_path: Path, options: dict[s
 SHAPES = "prompt must be a text, a list of texts, a list of token ids, or a list of such lists"
 
 
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_a_field_that_is_null_is_as_one_that_is_absent(tmp_path: Path, path: str) -> None:
+    pytest.importorskip("openai", reason="the package 'openai' is not installed")
+    from tests.serving.test_chat import client as chat_client
+
+    is_chat = path.startswith("chat")
+    text: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]} if is_chat else {"prompt": "x"}
+    body = {"model": "m", **text, "seed": 1, "temperature": 0.5}
+    with chat_client(tmp_path, max_tokens=16) as web:
+        expected = web.post(f"/v1/{path}", json=body).json()["choices"]
+        fields = web.get("/openapi.json").json()["components"]["schemas"]
+        names = fields["ChatBody" if is_chat else "CompletionBody"]["properties"].keys()
+        nulls = dict.fromkeys([*names, "web_search_options", "echo", "top_k"])
+        response = web.post(f"/v1/{path}", json={**nulls, **body})
+        assert response.status_code == 200, response.text
+        assert response.json()["choices"] == expected
+        for options in ({"top_k": -1}, {"safety_identifier": "a", "modalities": ["text"]} if is_chat else {}):
+            assert web.post(f"/v1/{path}", json={**body, **options}).json()["choices"] == expected
+        assert (
+            web.post(f"/v1/{path}", json={**body, "model": None}).json()["error"]["message"].startswith("model is mi")
+        )
+
+
 @pytest.mark.parametrize(
     ("options", "message", "param"),
     [
@@ -210,6 +233,7 @@ SHAPES = "prompt must be a text, a list of texts, a list of token ids, or a list
         ({"n": True}, "n is true, expected an integer", "n"),
         ({"max_tokens": 1.5}, "max_tokens is 1.5, expected an integer", "max_tokens"),
         ({"temperature": "hot"}, 'temperature is "hot", expected a number', "temperature"),
+        ({"top_k": -2}, "top_k is -2, expected at least -1", "top_k"),
         ({"temperature": -1}, "temperature is -1.0, expected at least 0", "temperature"),
         ({"min_tokens": 5, "max_tokens": 2}, "min_tokens (5) must be at most max_tokens (2)", "min_tokens"),
         ({"stream": "yes"}, 'stream is "yes", expected true or false', "stream"),

@@ -107,6 +107,8 @@ def test_a_conversation_is_held_beside_the_text(browser: Any, chat_server: Serve
     for character in ("海", "👩‍👩‍👧‍👦", "🏳️‍🌈", "e\u0301", "ש", "م"):
         assert any(character in part for part in shaded), f"{character} is in one piece"
     assert all("\ufffd" not in part for part in shaded)
+    for box in ("#book", "#message"):  # each line has the direction of its script
+        assert page.evaluate(f"getComputedStyle(document.querySelector('{box}')).unicodeBidi") == "plaintext"
     page.locator("#max-tokens").fill("24")
     page.locator("#about-text").check()
     for number, question in enumerate(("Who speaks?", "מה שלומך? 海", "And then?"), start=1):
