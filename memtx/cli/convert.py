@@ -31,7 +31,12 @@ def _convert(arguments: argparse.Namespace) -> None:
         names = ", ".join(dropped[:MAX_NAMES_SHOWN]) + (", ..." if len(dropped) > MAX_NAMES_SHOWN else "")
         message += f" Dropped {len(dropped)} weights that the layout cannot hold ({names})."
     sys.stdout.write(f"{message}\n")
-    options.print_next_command("Serve it with", "serve", "--checkpoint", arguments.target)
+    if arguments.to is not None:
+        options.print_next_command(
+            "Train it on with", "fit", "--config", "configs/longformer-mlm.yaml", "--model.pretrained", arguments.target
+        )
+    else:
+        options.print_next_command("Serve it with", "serve", "--checkpoint", arguments.target)
 
 
 def _make_change(arguments: argparse.Namespace) -> Callable[[PretrainedModel], PretrainedModel]:
