@@ -20,16 +20,8 @@ if triton_window.IS_INTERPRETED:
 
 from tests.gpu.aot import MAX_SHARED_MEMORY, Launch, read_ptxas_log, record_launches  # noqa: E402
 
-# Bytes stored and loaded. Blackwell keeps sums in tensor memory, which Triton loads at once for the rescaling; on
-# Ampere, the loop over grouped heads keeps the addresses of two of them. Eight warps would halve a warp's product.
-# Those of heads of 32 and 128 were found and left, because no chip was there to measure a change.
-MAX_SPILLED = {
-    (80, "_forward", 32): 8, (80, "_backward_keys", 32): 16, (80, "_backward_keys", 64): 128,
-    (89, "_forward", 32): 8, (89, "_backward_keys", 64): 48, (89, "_backward_keys", 128): 296,
-    (90, "_backward_keys", 128): 328,
-    (100, "_forward", 32): 16, (100, "_forward", 64): 320, (100, "_backward_keys", 64): 96,
-    (100, "_backward_keys", 128): 408,
-}  # fmt: skip
+# Bytes that float32 kernels store and load. Half as many queries in a tile would load keys twice as often.
+MAX_SPILLED = {(89, "_backward_keys", 64): 16}
 
 
 def launch_window(dtype: torch.dtype, head_dim: int, segment: int = 128, batch_size: int = 2) -> None:
@@ -59,7 +51,8 @@ def check_fit(launches: list[Launch], arch: int, dtype: torch.dtype, head_dim: i
         name = f"{launch.kernel} in {dtype} with heads of {head_dim} on sm_{arch}"
         assert launch.compiled.metadata.shared <= MAX_SHARED_MEMORY[arch], name
         facts = read_ptxas_log(launch.compiled, arch)
-        assert facts["spilled"] <= MAX_SPILLED.get((arch, launch.kernel, head_dim), 0), f"{name}: {facts}"
+        max_spilled = MAX_SPILLED.get((arch, launch.kernel, head_dim), 0) if dtype == torch.float32 else 0
+        assert facts["spilled"] <= max_spilled, f"{name}: {facts}"
         instruction = {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(arch, "mma.sync")
         if uses_tensor_cores:
             assert instruction in launch.compiled.asm["ptx"], name

@@ -231,12 +231,18 @@ def choose_tiles(head_dim: int, dtype: torch.dtype, direction: str) -> dict[str,
         return {"M": 16, "N": 32}
     if dtype == torch.float32:
         # Without tensor cores every product passes through registers: small tiles, many warps.
-        size = 16 if head_dim == 128 and direction == "backward_queries" else 32
-        num_warps = 4 if head_dim < 128 and direction == "forward" else 8
-        return {"M": size, "N": size, "num_warps": num_warps, "num_stages": 1}
+        queries = 16 if head_dim == 128 and direction != "forward" else 32
+        keys = 16 if head_dim == 128 and direction == "backward_queries" else 32
+        num_warps = 4 if (head_dim, direction) in ((64, "forward"), (32, "backward_keys")) else 8
+        return {"M": queries, "N": keys, "num_warps": num_warps, "num_stages": 1}
+    # Wider tiles spill registers: on Blackwell beside what is loaded of tensor memory, elsewhere than on Hopper beside
+    # the addresses of grouped heads.
+    arch, num_warps = triton.runtime.driver.active.get_current_target().arch, 8 if head_dim == 128 else 4
+    is_blackwell = arch in (100, 103)
     if direction == "forward":
-        return {"M": 128, "N": 64, "num_warps": 8 if head_dim == 128 else 4, "num_stages": 3}
-    return {"M": 64, "N": 64, "num_warps": 8 if head_dim == 128 else 4, "num_stages": 2}
+        return {"M": 128, "N": 64, "num_warps": num_warps, "num_stages": 2 if is_blackwell and head_dim < 128 else 3}
+    is_narrow = direction == "backward_keys" and (is_blackwell or (arch != 90 and head_dim < 128))
+    return {"M": 32 if is_narrow else 64, "N": 64, "num_warps": num_warps, "num_stages": 2}
 
 
 def _get_strides(*tensors: Tensor) -> list[int]:
