@@ -198,6 +198,14 @@ def test_values_that_change_nothing_are_accepted(tmp_path: Path, options: dict[s
 SHAPES = "prompt must be a text, a list of texts, a list of token ids, or a list of such lists"
 
 
+def test_the_description_names_the_model(tmp_path: Path) -> None:
+    with client(tmp_path) as web:
+        name = web.get("/v1/models").json()["data"][0]["id"]
+        schemas = web.get("/openapi.json").json()["components"]["schemas"]
+    for schema in ("CompletionBody", "ChatBody"):
+        assert schemas[schema]["properties"]["model"]["enum"] == [name]
+
+
 def test_the_default_length_is_within_the_limit(tmp_path: Path) -> None:
     pytest.importorskip("openai", reason="the package 'openai' is not installed")
     from tests.serving.test_chat import client as chat_client
