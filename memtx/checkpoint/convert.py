@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def convert(
     target: str | os.PathLike[str],
     *,
     layout: str | os.PathLike[str] | None = None,
+    change: Callable[[pretrained.PretrainedModel], pretrained.PretrainedModel] | None = None,
     overwrite: bool = False,
 ) -> ConversionResult:
     """Write a stored model as a pretrained folder, completely or not at all.
@@ -44,6 +46,7 @@ def convert(
         target: Folder to write.
         layout: Hugging Face folder whose layout and config.json are used; weights that it cannot hold, such as those of
             added memories, are dropped. Defaults to memtx's own format.
+        change: Function that makes the model to write from the stored one, which is written by default.
         overwrite: If True, replace an existing target.
 
     Raises:
@@ -56,6 +59,7 @@ def convert(
     if source.resolve() == target.resolve():
         raise MemtxError(f"'{target}' is the source.", "Give another folder.")
     checkpoint = load(source)
+    model = checkpoint.model if change is None else change(checkpoint.model)
     texts = {pretrained.SIDECAR_FILES[name]: text for name, text in checkpoint.sidecars.items()}
     tokenizer_path = source / pretrained.SIDECAR_FILES["tokenizer"]
     if layout is None and isinstance(checkpoint.model, MemoryTransformer) and tokenizer_path.is_file():
@@ -65,9 +69,9 @@ def convert(
     temporary = files.temporary_path(target)
     try:
         if layout is None:
-            checkpoint.model.save_pretrained(temporary)
+            model.save_pretrained(temporary)
         else:
-            dropped_weights = hf.save(checkpoint.model, temporary, layout=layout)
+            dropped_weights = hf.save(model, temporary, layout=layout)
         for name, text in texts.items():
             files.write_text(temporary / name, text)
         files.replace(temporary, target)
@@ -75,5 +79,5 @@ def convert(
         raise files.write_failed_error(target, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    num_parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
-    return ConversionResult(source, type(checkpoint.model).__name__, num_parameters, sorted(texts), dropped_weights)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return ConversionResult(source, type(model).__name__, num_parameters, sorted(texts), dropped_weights)

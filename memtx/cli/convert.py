@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from memtx.cli import options
+from memtx.errors import MemtxError
+
+if TYPE_CHECKING:
+    from memtx.checkpoint.pretrained import PretrainedModel
 
 MAX_NAMES_SHOWN = 3
 
@@ -14,7 +20,10 @@ def _convert(arguments: argparse.Namespace) -> None:
     with options.user_modules(arguments.modules):
         from memtx.checkpoint.convert import convert
 
-        summary = convert(arguments.source, arguments.target, layout=arguments.layout, overwrite=arguments.overwrite)
+        change = None if arguments.to is None else _make_change(arguments)
+        summary = convert(
+            arguments.source, arguments.target, layout=arguments.layout, change=change, overwrite=arguments.overwrite
+        )
     extras = ", ".join(summary.extra_files) or "no tokenizer"
     message = f"'{arguments.target}': {summary.model_class} with {summary.num_parameters:,} parameters, and {extras}; "
     message += f"from {summary.source}."
@@ -23,6 +32,23 @@ def _convert(arguments: argparse.Namespace) -> None:
         message += f" Dropped {len(dropped)} weights that the layout cannot hold ({names})."
     sys.stdout.write(f"{message}\n")
     options.print_next_command("Serve it with", "serve", "--checkpoint", arguments.target)
+
+
+def _make_change(arguments: argparse.Namespace) -> Callable[[PretrainedModel], PretrainedModel]:
+    """Return the function that gives an encoder another attention."""
+    from memtx.models import long_encoder
+    from memtx.models.encoder import Encoder
+
+    def change(model: PretrainedModel) -> PretrainedModel:
+        if not isinstance(model, Encoder):
+            message = f"--to {arguments.to}: '{arguments.source}' holds {type(model).__name__}, not an encoder."
+            raise MemtxError(message, "Give a BERT or RoBERTa.")
+        if arguments.to == "longformer":
+            return long_encoder.to_longformer(model, arguments.max_length, arguments.window)
+        sizes = (arguments.block_size, arguments.num_random_blocks)
+        return long_encoder.to_bigbird(model, arguments.max_length, *sizes)
+
+    return change
 
 
 def main(argv: list[str]) -> int:
@@ -36,6 +62,11 @@ def main(argv: list[str]) -> int:
     add("source", help="a .ckpt file or folder, a run folder (its best checkpoint) or a model folder")
     add("target", help="folder to create")
     add("--layout", metavar="FOLDER", help="write the layout of this Hugging Face folder, which training started from")
+    add("--to", choices=("longformer", "bigbird"), help="give an encoder with full attention a sparse one")
+    add("--max-length", type=int, default=4096, help="--to: tokens that it reads at once; its positions are repeated")
+    add("--window", type=int, default=512, help="--to longformer: neighbors that a token sees, half on each side")
+    add("--block-size", type=int, default=64, help="--to bigbird: tokens of a block")
+    add("--num-random-blocks", type=int, default=3, help="--to bigbird: random blocks that a block sees")
     add("--overwrite", action="store_true", help="replace the target if it exists")
     parser.add_import_option()
     return parser.run(argv, _convert)

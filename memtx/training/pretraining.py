@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 
+from memtx.checkpoint.load import from_pretrained
+from memtx.checkpoint.pretrained import resolve_model_path
+from memtx.class_config import from_config
 from memtx.data.batch import IGNORE_INDEX, Batch
 from memtx.errors import MemtxError
 from memtx.models.encoder import Encoder
@@ -69,6 +72,22 @@ class TokenPredictionModule(BaseModule):
             self.log(f"{stage}_{name}", metric, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(labels))
 
 
+def _load_masked_encoder(path: str, num_tokens: int) -> Encoder:
+    encoder = from_pretrained(resolve_model_path(path))
+    if not isinstance(encoder, Encoder) or encoder.head is None:
+        message = f"'{path}' contains no encoder with a head for masked tokens."
+        raise MemtxError(message, "Change model.pretrained.")
+    if encoder.vocab_size < num_tokens:
+        raise MemtxError(
+            f"'{path}' has {encoder.vocab_size} tokens, the tokenizer and the mask token {num_tokens}.",
+            "Set data.tokenizer to an HFTokenizer of its own tokenizer.json, and model.mask_id to its mask token.",
+        )
+    init_args = {name: value for name, value in encoder.config["init_args"].items() if name != "vocab_size"}
+    model: Encoder = from_config({**encoder.config, "init_args": init_args})(encoder.vocab_size)
+    model.load_state_dict(encoder.state_dict())
+    return model
+
+
 class MaskedModule(TokenPredictionModule):
     """Masked language modeling (BERT, Devlin et al. 2019, section 3.1; also Longformer and Big Bird).
 
@@ -78,6 +97,8 @@ class MaskedModule(TokenPredictionModule):
         mask_id: Id of the mask token, if the vocabulary has one. None adds it after the last id.
         mask_prob: Probability that a token or a word is selected. Defaults to 0.15.
         whole_words: If True, select all tokens of a word together.
+        pretrained: Folder of an encoder with a head for masked tokens to begin with, such as one that
+            ``memtx convert --to longformer`` wrote; ``model`` is then ignored.
         **options: ``optimizer``, ``scheduler``, ``gate_lr_multiplier`` and ``distillation`` of :class:`BaseModule`.
     """
 
@@ -90,12 +111,14 @@ class MaskedModule(TokenPredictionModule):
         mask_id: int | None = None,
         mask_prob: float = 0.15,
         whole_words: bool = False,
+        pretrained: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self.data_vocab_size = vocab_size
         self.mask_id = vocab_size if mask_id is None else mask_id
-        self.model = model(vocab_size + (mask_id is None))
+        num_tokens = vocab_size + (mask_id is None)
+        self.model = model(num_tokens) if pretrained is None else _load_masked_encoder(pretrained, num_tokens)
         self.mask_prob, self.whole_words = mask_prob, whole_words
 
     def setup(self, stage: str) -> None:

@@ -1,0 +1,88 @@
+"""Encoders with full attention that are given windows or blocks: equal on texts that fit, and longer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import memtx
+from memtx.cli.main import main
+from memtx.errors import MemtxError
+from memtx.models.encoder import Encoder
+from memtx.models.long_encoder import to_bigbird, to_longformer
+from memtx.training.pretraining import MaskedModule
+from tests.hf.test_parity import ARGUMENTS, folders
+
+CHANGES: dict[str, Any] = {
+    "longformer": lambda encoder: to_longformer(encoder, 300, 256),
+    "bigbird": lambda encoder: to_bigbird(encoder, 300, 16, 2),
+}
+
+
+@pytest.mark.parametrize("kind", ["roberta", "bert"])
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_texts_that_fit_are_read_as_before(parity: Path, kind: str, change: str) -> None:
+    for folder in folders(parity, kind):
+        io, encoder = load_file(folder / "io.safetensors"), memtx.from_pretrained(folder)
+        longer = CHANGES[change](encoder)
+        inputs = {name: io[name] for name in ARGUMENTS if name in io}
+        present = io["attention_mask"].bool()
+        with torch.no_grad():
+            expected, actual = encoder(**inputs), longer(**inputs)
+            # float32, sums in another order
+            torch.testing.assert_close(actual.logits[present], io["logits"][present], atol=1e-4, rtol=0)  # float32
+            torch.testing.assert_close(
+                actual.last_hidden_state[present], expected.last_hidden_state[present], atol=1e-5, rtol=0
+            )
+            if longer.supports_global_attention:
+                marked = torch.zeros_like(io["input_ids"])
+                marked[:, 0] = 1
+                with_global = longer(**inputs, global_attention_mask=marked).last_hidden_state
+                torch.testing.assert_close(with_global[present], expected.last_hidden_state[present], atol=1e-5, rtol=0)
+            assert longer(torch.randint(5, 100, (1, 300))).last_hidden_state.isfinite().all()
+            with pytest.raises(MemtxError, match="A text of 301 tokens"):
+                longer(torch.randint(5, 100, (1, 301)))
+
+
+def test_positions_are_repeated() -> None:
+    encoder = Encoder(30, 8, 1, 2)
+    positions = encoder.embedding.position_embeddings.weight
+    longer = to_longformer(encoder, 1200, 4).embedding.position_embeddings.weight
+    assert len(longer) == 1200
+    for start in (0, 512, 1024):
+        assert torch.equal(longer[start : start + 512], positions[: len(longer[start : start + 512])])
+
+
+def test_mistakes_are_named() -> None:
+    encoder = Encoder(30, 8, 1, 2)
+    with pytest.raises(MemtxError, match="max_length is 100, the encoder reads 512 tokens"):
+        to_longformer(encoder, 100)
+    with pytest.raises(MemtxError, match="The encoder has LongformerAttention, not full attention"):
+        to_bigbird(to_longformer(encoder, 600), 800)
+    with pytest.raises(MemtxError, match="window is 3"):
+        to_longformer(encoder, 600, 3)
+
+
+def test_the_command_writes_a_folder_to_train_on(
+    parity: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder, *_) = folders(parity, "roberta")
+    shutil.copytree(folder, tmp_path / "roberta")
+    arguments = ["convert", str(tmp_path / "roberta"), str(tmp_path / "long"), "--to", "longformer"]
+    assert main([*arguments, "--max-length", "200", "--window", "8"]) == 0
+    encoder = memtx.from_pretrained(tmp_path / "long")
+    assert isinstance(encoder, Encoder)
+    assert {block.attention.window for block in encoder.blocks} == {8}
+    module = MaskedModule(pretrained=str(tmp_path / "long"), vocab_size=encoder.vocab_size, mask_id=4)
+    assert torch.equal(module.model.embedding.word_embeddings.weight, encoder.embedding.word_embeddings.weight)
+    with pytest.raises(MemtxError, match="the tokenizer and the mask token"):
+        MaskedModule(pretrained=str(tmp_path / "long"), vocab_size=encoder.vocab_size)
+    capsys.readouterr()
+    assert main([*arguments, "--overwrite", "--max-length", "2"]) == 2
+    assert "max_length is 2, the encoder reads" in capsys.readouterr().err
+    assert isinstance(memtx.from_pretrained(tmp_path / "long"), Encoder)  # still there
