@@ -6,7 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from memtx.errors import DataError
 
@@ -36,6 +38,17 @@ class Batch(NamedTuple):
     document_starts: Tensor
     num_words: Tensor
     num_bytes: Tensor
+
+
+class PinnedTransfer:
+    """A mixin of data modules: batches move to a GPU from pinned memory, so that the host does not wait for them."""
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch to the device."""
+        if device.type == "cuda":
+            batch = pytree.tree_map_only(Tensor, lambda x: x if x.is_cuda else x.pin_memory(), batch)
+        # Of LightningDataModule, which Lightning's import of some seconds keeps out of this file.
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)  # type: ignore[misc]
 
 
 class ResumableBatches(ABC):

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from memtx.data.batch import check_options, limit_epochs, rank_and_world_size
+from memtx.data.batch import PinnedTransfer, check_options, limit_epochs, rank_and_world_size
 from memtx.data.shards import TokenStore
 from memtx.data.sources.base import SPLITS, Corpus, CorpusManifest, TextSource
 from memtx.data.sources.corpus import open_corpus
@@ -35,7 +35,7 @@ M = TypeVar("M", bound=CorpusManifest)
 _SPLITS_BY_STAGE = {"fit": SPLITS[:2], "validate": SPLITS[1:2], "test": SPLITS[2:], "predict": SPLITS[2:]}
 
 
-class BookDataModule(LightningDataModule):
+class BookDataModule(PinnedTransfer, LightningDataModule):
     """Long documents as endless streams, tokenized once; the checkpoint holds the position in them.
 
     Raises DataError if a number is out of range, or a prepared folder is damaged or has another tokenizer.

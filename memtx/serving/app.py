@@ -155,6 +155,17 @@ def _create_base_app(
     add_exception_handlers(app)
     app.include_router(models_router)
 
+    describe = app.openapi
+
+    def describe_with_model() -> dict[str, Any]:
+        description = describe()
+        for schema in description["components"]["schemas"].values():
+            if (field := schema.get("properties", {}).get("model")) is not None:
+                field |= {"enum": [model_name], "example": model_name}
+        return description
+
+    app.openapi = describe_with_model  # type: ignore[method-assign]
+
     @app.get("/health")
     def health() -> dict[str, str]:
         """Return the status of the server."""

@@ -83,6 +83,8 @@ class CompletionService:
         Raises APIError if a number is out of range or exceeds a limit.
         """
         num_texts, limits = body.num_candidates * num_prompts, self.limits
+        if "max_tokens" not in body.model_fields_set:  # a default exceeds no limit
+            body = body.model_copy(update={"max_tokens": min(body.max_tokens or 16, limits.max_tokens)})
         candidates = "best_of" if body.num_candidates > (body.n or 1) else "n"
         for name, value, maximum in (
             ("max_tokens", body.max_tokens or 0, limits.max_tokens),

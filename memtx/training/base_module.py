@@ -155,6 +155,7 @@ class BaseModule(pl.LightningModule):
         # Computed before the data position is restored: see _compute_total_steps.
         self._total_steps = self._compute_total_steps() if self.distillation is not None else 0
         optimizer = build_optimizer(self.make_optimizer, self, multiplier := self.gate_lr_multiplier)
+        preflight.allow_clipping(self.trainer, optimizer)
         make_scheduler = self.make_scheduler
         scheduler = None if make_scheduler is None else build_scheduler(make_scheduler, optimizer, self, multiplier)
         logged = {"train_loss", "train_bits_per_byte", *getattr(self, "metrics", ())}

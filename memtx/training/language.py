@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class LanguageModule(BaseModule):
         vocab_size: Vocabulary size; set from the data module.
         segment_length: Tokens per call; set from the data module.
         compile: If True, run the model through ``torch.compile``.
+        compile_mode: Mode of ``torch.compile``; "max-autotune-no-cudagraphs" tries several kernels for each product.
         activation_checkpointing: If True, recompute each layer in the backward pass: about a third more time, and
             activations of a single layer.
         measure_memory_gain: If True, validation reads the texts again without the memories and logs the difference in
@@ -72,6 +73,7 @@ class LanguageModule(BaseModule):
         segment_length: int = 512,
         *,
         compile: bool = False,
+        compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default",
         activation_checkpointing: bool = False,
         measure_memory_gain: bool = True,
         replay: bool = False,
@@ -94,7 +96,7 @@ class LanguageModule(BaseModule):
         self.segment_length, self.replay = segment_length, replay
         if compile:
             # In place, because a wrapper would duplicate every weight in the checkpoint.
-            self.model.compile(dynamic=False)
+            self.model.compile(dynamic=False, mode=compile_mode)
         self.carry = Carry()
         self.metrics = LanguageMetrics()
         self.memory_gain = MemoryGain(segment_length, list_sources(self.model)) if measure_memory_gain else None

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
+from torch.optim import Optimizer
 
 from memtx.checkpoint.training import BestCheckpoint
 from memtx.errors import MemtxError, closest_match
@@ -39,6 +40,21 @@ def has_validation(trainer: pl.Trainer) -> bool:
     """Return whether the run can validate."""
     has_split = getattr(getattr(trainer, "datamodule", None), "has_split", None)
     return bool(trainer.enable_validation) and (has_split is None or bool(has_split("validation")))
+
+
+def allow_clipping(trainer: pl.Trainer, optimizer: Optimizer) -> None:
+    """Let a fused optimizer clip gradients, as it can unless it unscales them; raise MemtxError if it does.
+
+    Lightning refuses it in every mixed precision, and the attribute by which it tells is read by scalers alone.
+    """
+    if not trainer.gradient_clip_val or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise MemtxError(
+            f"A fused {type(optimizer).__name__} cannot clip gradients in {trainer.precision}.",
+            "Set fused to false, use --trainer.precision bf16-mixed, or --trainer.gradient_clip_val 0.",
+        )
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
 
 
 def check_monitors(trainer: pl.Trainer, module: pl.LightningModule, logged: set[str], schedule: Any = None) -> None:

@@ -198,6 +198,25 @@ def test_values_that_change_nothing_are_accepted(tmp_path: Path, options: dict[s
 SHAPES = "prompt must be a text, a list of texts, a list of token ids, or a list of such lists"
 
 
+def test_the_description_names_the_model(tmp_path: Path) -> None:
+    with client(tmp_path) as web:
+        name = web.get("/v1/models").json()["data"][0]["id"]
+        schemas = web.get("/openapi.json").json()["components"]["schemas"]
+    for schema in ("CompletionBody", "ChatBody"):
+        assert schemas[schema]["properties"]["model"]["enum"] == [name]
+
+
+def test_the_default_length_is_within_the_limit(tmp_path: Path) -> None:
+    pytest.importorskip("openai", reason="the package 'openai' is not installed")
+    from tests.serving.test_chat import client as chat_client
+
+    with chat_client(tmp_path, max_tokens=8) as web:
+        response = web.post("/v1/completions", json={"model": "m", "prompt": "x", "ignore_eos": True})
+        assert response.json()["usage"]["completion_tokens"] == 8
+        response = web.post("/v1/completions", json={"model": "m", "prompt": "x", "max_tokens": 16})
+        assert "max_tokens (16) must be at most 8" in error(response, 400)
+
+
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
 def test_a_field_that_is_null_is_as_one_that_is_absent(tmp_path: Path, path: str) -> None:
     pytest.importorskip("openai", reason="the package 'openai' is not installed")

@@ -6,12 +6,14 @@ import math
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, StepLR
 
+from memtx.data.batch import Batch
 from memtx.errors import MemtxError
 from memtx.memory.copy_memory import CopyMemory
 from memtx.memory.retrieval import RetrievalMemory
@@ -302,3 +304,53 @@ def test_a_diverged_validation_is_reported(tmp_path: Path) -> None:
     torch.nn.init.constant_(language_module.model.embedding.weight, math.nan)
     with pytest.raises(MemtxError, match="nan"):
         trainer(tmp_path).validate(language_module, datamodule=data(tmp_path), verbose=False)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_a_fused_optimizer_clips_gradients(tmp_path: Path, precision: Any) -> None:
+    records = []
+    for fused in (False, True):
+        optimizer = partial(torch.optim.AdamW, lr=0.01, fused=fused)
+        language_module, record = module(dropout=0.0, optimizer=optimizer), Record()
+        run = trainer(tmp_path, record, max_steps=4, limit_val_batches=0, precision=precision, gradient_clip_val=0.01)
+        run.fit(language_module, datamodule=data(tmp_path))
+        records.append([float.fromhex(loss) for loss in record.losses.values()])
+    # Sums in another order; bfloat16 rounds to 8 bits.
+    assert records[1] == pytest.approx(records[0], rel=1e-3 if precision == "bf16-mixed" else 1e-5)
+
+
+def test_a_fused_optimizer_that_unscales_gradients_is_refused(tmp_path: Path) -> None:
+    language_module = module(optimizer=partial(torch.optim.AdamW, fused=True))
+    run = trainer(tmp_path, max_steps=1, gradient_clip_val=1.0)
+    with (
+        patch.object(run.precision_plugin, "scaler", object(), create=True),
+        pytest.raises(MemtxError, match="A fused AdamW cannot clip gradients"),
+    ):
+        run.fit(language_module, datamodule=data(tmp_path))
+
+
+@pytest.mark.parametrize(("device", "is_pinned"), [("cuda", True), ("cpu", False)])
+def test_batches_are_moved_to_a_gpu_from_pinned_memory(tmp_path: Path, device: str, is_pinned: bool) -> None:
+    calls, data_module = [], data(tmp_path)
+
+    def pin_memory(x: torch.Tensor) -> torch.Tensor:
+        calls.append("pin")
+        return x
+
+    def move(x: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        calls.append(f"to {device}, {non_blocking=}")
+        return x
+
+    zeros = torch.zeros(1, 2)
+    with patch.object(torch.Tensor, "pin_memory", pin_memory), patch.object(torch.Tensor, "to", move):
+        moved = data_module.transfer_batch_to_device(Batch(*[zeros] * 5), torch.device(device), 0)
+    assert isinstance(moved, Batch)
+    assert calls == ["pin"] * (5 if is_pinned else 0) + [f"to {device}, non_blocking={is_pinned}"] * 5
+
+
+@pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs"])
+def test_the_mode_of_the_compiler(mode: Any) -> None:
+    with patch.object(torch.nn.Module, "compile") as compile:
+        module(compile=True, compile_mode=mode)
+        module(compile_mode=mode)
+    compile.assert_called_once_with(dynamic=False, mode=mode)

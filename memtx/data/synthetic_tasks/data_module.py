@@ -15,6 +15,7 @@ from memtx.data.batch import (
     IGNORE_INDEX,
     Batch,
     FixedBatches,
+    PinnedTransfer,
     ResumableBatches,
     check_options,
     limit_epochs,
@@ -56,7 +57,7 @@ class SyntheticBatches(ResumableBatches):
         return sample_batch(self.task, self.batch_size, self.num_segments, (self.seed, TRAINING, self.rank, step))
 
 
-class SyntheticDataModule(LightningDataModule):
+class SyntheticDataModule(PinnedTransfer, LightningDataModule):
     """Episodes of a synthetic task, whole in every batch, so that one gradient goes through all of an episode.
 
     Raises DataError if a number is out of range.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
-from memtx.data.batch import check_options, limit_epochs, rank_and_world_size
+from memtx.data.batch import PinnedTransfer, check_options, limit_epochs, rank_and_world_size
 from memtx.data.hf_tokenizers import HFTokenizer, WordPieceTokenizer
 from memtx.data.tasks.base import EncodedExample, PreparedExample, Task, task_to_json
 from memtx.data.tasks.batches import EvaluationBatches, TaskBatch, TrainingBatches, collate
@@ -21,7 +21,7 @@ B = TypeVar("B")
 R = TypeVar("R")
 
 
-class ExampleDataModule(LightningDataModule, Generic[R, B]):
+class ExampleDataModule(PinnedTransfer, LightningDataModule, Generic[R, B]):
     """Base of data modules over ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` in a folder.
 
     ``**counts`` are further options by name; as ``batch_size``, each must be at least 1 or None, or DataError is
