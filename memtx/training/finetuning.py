@@ -14,8 +14,6 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from memtx import class_config
-from memtx.checkpoint.load import from_pretrained
-from memtx.checkpoint.pretrained import resolve_model_path
 from memtx.data.batch import IGNORE_INDEX
 from memtx.data.tasks.batches import BatchExamples, TaskBatch
 from memtx.data.tasks.examples import QuestionExample, TaggedExample
@@ -27,6 +25,7 @@ from memtx.models.heads import SequenceClassificationHead, TaskModel, TokenClass
 from memtx.training.base_module import BaseModule
 from memtx.training.distillation.model_outputs import ModelOutputs, forward_task
 from memtx.training.distillation.teacher_cache import make_task_keys
+from memtx.training.initial_model import load_initial_model
 
 
 class TaskModule(BaseModule):
@@ -65,7 +64,7 @@ class TaskModule(BaseModule):
     ) -> None:
         super().__init__(**options)
         check_probability(token_mask_prob=token_mask_prob)
-        encoder = None if pretrained is None else _load_encoder(pretrained, vocab_size)
+        encoder = None if pretrained is None else load_initial_model(pretrained, Encoder, "an encoder", vocab_size)
         if encoder is not None:
             init_args = {name: value for name, value in encoder.config["init_args"].items() if name != "vocab_size"}
             backbone = class_config.from_config({**encoder.config, "init_args": init_args})
@@ -211,15 +210,3 @@ class QuestionAnsweringModule(TaskModule):
             targets = [answer.text for answer in cast(QuestionExample, item.example).answers or ()]
             for name in ("exact_match", "f1"):
                 self.get_metric(stage, name).update(prediction["answer"], targets)
-
-
-def _load_encoder(path: str, vocab_size: int) -> Encoder:
-    model = from_pretrained(resolve_model_path(path))
-    if not isinstance(model, Encoder):
-        raise MemtxError(f"'{path}' contains {type(model).__name__}, not an encoder.", "Change model.pretrained.")
-    if model.vocab_size < vocab_size:
-        raise MemtxError(
-            f"'{path}' has {model.vocab_size} tokens, the tokenizer has {vocab_size}.",
-            "Set data.tokenizer to an HFTokenizer of the tokenizer.json that it was trained with.",
-        )
-    return model

@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 
-from memtx.checkpoint.load import from_pretrained
-from memtx.checkpoint.pretrained import resolve_model_path
-from memtx.class_config import from_config
 from memtx.data.batch import IGNORE_INDEX, Batch
 from memtx.errors import MemtxError
 from memtx.models.encoder import Encoder
@@ -24,6 +21,7 @@ from memtx.models.xlnet import XLNet
 from memtx.training import objectives
 from memtx.training.base_module import BaseModule
 from memtx.training.distillation.model_outputs import forward_masked_lm
+from memtx.training.initial_model import load_initial_model
 from memtx.training.metrics import LanguageMetrics
 
 EVAL_SEED = 20_000
@@ -73,19 +71,10 @@ class TokenPredictionModule(BaseModule):
 
 
 def _load_masked_encoder(path: str, num_tokens: int) -> Encoder:
-    encoder = from_pretrained(resolve_model_path(path))
-    if not isinstance(encoder, Encoder) or encoder.head is None:
-        message = f"'{path}' contains no encoder with a head for masked tokens."
-        raise MemtxError(message, "Change model.pretrained.")
-    if encoder.vocab_size < num_tokens:
-        raise MemtxError(
-            f"'{path}' has {encoder.vocab_size} tokens, the tokenizer and the mask token {num_tokens}.",
-            "Set data.tokenizer to an HFTokenizer of its own tokenizer.json, and model.mask_id to its mask token.",
-        )
-    init_args = {name: value for name, value in encoder.config["init_args"].items() if name != "vocab_size"}
-    model: Encoder = from_config({**encoder.config, "init_args": init_args})(encoder.vocab_size)
-    model.load_state_dict(encoder.state_dict())
-    return model
+    encoder = load_initial_model(path, Encoder, "an encoder", num_tokens)
+    if encoder.head is None:
+        raise MemtxError(f"'{path}' has no head for masked tokens.", "Change model.pretrained.")
+    return encoder
 
 
 class MaskedModule(TokenPredictionModule):

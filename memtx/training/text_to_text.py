@@ -10,15 +10,13 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.functional.text.rouge import rouge_score
 
-from memtx import class_config
-from memtx.checkpoint.load import from_pretrained
-from memtx.checkpoint.pretrained import resolve_model_path
 from memtx.data.batch import IGNORE_INDEX
 from memtx.data.tasks.text_to_text import TextToTextBatch
 from memtx.errors import MemtxError, check_probability
 from memtx.models.beam_search import BeamSearchOptions, generate_targets
 from memtx.models.encoder_decoder import EncoderDecoder
 from memtx.training.base_module import BaseModule
+from memtx.training.initial_model import load_initial_model
 
 ROUGE_KEYS = ("rouge1", "rouge2", "rougeL")
 
@@ -57,7 +55,7 @@ class TextToTextModule(BaseModule):
         super().__init__(**options)
         check_probability(label_smoothing=label_smoothing)
         if pretrained is not None:
-            self.model = _load_model(pretrained, vocab_size)
+            self.model = load_initial_model(pretrained, EncoderDecoder, "an encoder-decoder", vocab_size)
         elif model is not None:
             self.model = model(vocab_size)
         else:
@@ -98,19 +96,3 @@ class TextToTextModule(BaseModule):
         for name, metric in self.metrics.items():
             if name.startswith(f"{stage}_"):
                 self.log(name, cast(MeanMetric, metric), prog_bar=True)
-
-
-def _load_model(path: str, vocab_size: int) -> EncoderDecoder:
-    model = from_pretrained(resolve_model_path(path))
-    if not isinstance(model, EncoderDecoder):
-        message = f"'{path}' contains {type(model).__name__}, not an encoder-decoder."
-        raise MemtxError(message, "Change model.pretrained.")
-    if model.vocab_size < vocab_size:
-        raise MemtxError(
-            f"'{path}' has {model.vocab_size} tokens, the tokenizer has {vocab_size}.",
-            "Set data.tokenizer to an HFTokenizer of the tokenizer.json that it was trained with.",
-        )
-    init_args = {name: value for name, value in model.config["init_args"].items() if name != "vocab_size"}
-    fresh: EncoderDecoder = class_config.from_config({**model.config, "init_args": init_args})(model.vocab_size)
-    fresh.load_state_dict(model.state_dict())
-    return fresh

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
-from memtx.data.batch import PinnedTransfer, check_options, limit_epochs, rank_and_world_size
+from memtx.data.batch import FixedBatches, PinnedTransfer, check_options, limit_epochs, rank_and_world_size
 from memtx.data.hf_tokenizers import HFTokenizer, WordPieceTokenizer
 from memtx.data.tasks.base import EncodedExample, PreparedExample, Task, task_to_json
 from memtx.data.tasks.batches import EvaluationBatches, TaskBatch, TrainingBatches, collate
@@ -72,6 +72,14 @@ class ExampleDataModule(PinnedTransfer, LightningDataModule, Generic[R, B]):
     @abstractmethod
     def _checkpoint_texts(self) -> dict[str, str]:
         """Return what a checkpoint holds beside the position, as texts, fitted to the training examples if needed."""
+
+    def _batches_by_length(self, split: str, length: Callable[[R], int]) -> FixedBatches[B]:
+        """Return this rank's examples of a split as batches of similar length."""
+        rank, world_size = rank_and_world_size(self.trainer)
+        examples = sorted(self.encoded_examples(split)[rank::world_size], key=length)
+        batch_starts = range(0, len(examples), self.batch_size)
+        batches = [examples[start : start + self.batch_size] for start in batch_starts]
+        return FixedBatches(len(batches), lambda index: self._collate(batches[index]))
 
     def encoded_examples(self, split: str) -> list[R]:
         """Return the encoded examples of a split, read once; raises DataError with file and line of an unusable one."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from memtx.data.batch import IGNORE_INDEX, Batch, FixedBatches, rank_and_world_size
+from memtx.data.batch import IGNORE_INDEX, Batch, FixedBatches
 from memtx.data.tasks.base import IntArray
 from memtx.data.tasks.data_module import ExampleDataModule
 from memtx.data.tasks.examples import SummaryExample, SummaryPrompt, read_examples, split_path
@@ -96,11 +96,7 @@ class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
         return Batch(tokens, labels, document_starts, num_words, num_bytes)
 
     def _evaluation_batches(self, split: str) -> FixedBatches[Batch]:
-        rank, world_size = rank_and_world_size(self.trainer)
-        examples = sorted(self.encoded_examples(split)[rank::world_size], key=lambda example: len(example.ids))
-        batch_starts = range(0, len(examples), self.batch_size)
-        batches = [examples[start : start + self.batch_size] for start in batch_starts]
-        return FixedBatches(len(batches), lambda index: self._collate(batches[index]))
+        return self._batches_by_length(split, lambda example: len(example.ids))
 
     def _checkpoint_texts(self) -> dict[str, str]:
         return {"tokenizer": self.tokenizer.to_json(), "summary": json.dumps(vars(self.summary_prompt))}

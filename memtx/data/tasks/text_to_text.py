@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from memtx.data.batch import IGNORE_INDEX, FixedBatches, rank_and_world_size
+from memtx.data.batch import IGNORE_INDEX, FixedBatches
 from memtx.data.hf_tokenizers import HFTokenizer, WordPieceTokenizer
 from memtx.data.tasks.base import IntArray, build_inputs
 from memtx.data.tasks.data_module import ExampleDataModule
@@ -118,11 +118,7 @@ class TextToTextDataModule(ExampleDataModule[EncodedPair, TextToTextBatch]):
         )
 
     def _evaluation_batches(self, split: str) -> FixedBatches[TextToTextBatch]:
-        rank, world_size = rank_and_world_size(self.trainer)
-        examples = sorted(self.encoded_examples(split)[rank::world_size], key=lambda example: len(example.ids))
-        batch_starts = range(0, len(examples), self.batch_size)
-        batches = [examples[start : start + self.batch_size] for start in batch_starts]
-        return FixedBatches(len(batches), lambda index: self._collate(batches[index]))
+        return self._batches_by_length(split, lambda example: len(example.ids))
 
     def _checkpoint_texts(self) -> dict[str, str]:
         options = {"max_length": self.max_length, "max_target_length": self.max_target_length}
