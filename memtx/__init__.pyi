@@ -26,6 +26,7 @@ from .memory.sinks import SinkMemory as SinkMemory
 from .memory.slots import SlotMemory as SlotMemory
 from .memory.top_k import TopKMemory as TopKMemory
 from .models.encoder import Encoder as Encoder
+from .models.encoder_decoder import EncoderDecoder as EncoderDecoder
 from .models.growing_windows import GrowingWindows as GrowingWindows
 from .models.memory_transformer import MemoryTransformer as MemoryTransformer
 from .models.recurrent_lm import MemoryOutput as MemoryOutput
