@@ -128,7 +128,7 @@ class Peer:
 
     Attributes:
         build: Builds the model and its function from the vocabulary size.
-        learning_rate: Peak learning rate: the best of 2e-3, 4e-3 and 8e-3 after 40 CPU seconds.
+        learning_rate: Peak learning rate: the best of several after 40 CPU seconds.
         packages: Packages for ``pip install --no-deps``.
     """
 
@@ -141,7 +141,7 @@ _X_TRANSFORMERS = "x-transformers einx loguru torch-einops-utils sympy frozendic
 _RECURRENT = "recurrent-memory-transformer-pytorch hyper-connections torch-einops-utils"
 PEERS = {
     "memtx windows+copy": Peer(partial(build_memtx, stack="windows+copy"), 4e-3),
-    "memtx windows": Peer(partial(build_memtx, stack="windows"), 4e-3),
+    "memtx windows": Peer(partial(build_memtx, stack="windows"), 2e-3),
     "x-transformers": Peer(build_x_transformers, 8e-3, _X_TRANSFORMERS),
     "x-transformers adapting": Peer(partial(build_x_transformers, ttt_lr=0.1), 8e-3, _X_TRANSFORMERS),
     "recurrent-memory-transformer": Peer(build_recurrent_memory_transformer, 8e-3, _RECURRENT),
