@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+from tests.test_scripts import SCRIPTS, run
+
 TEXT = "the king and his queen went down to the river and saw that the boat was gone"
 
 
-def run(root: Path, output_dir: Path, *options: str) -> tuple[dict[str, Any], str]:
-    command = [sys.executable, str(SCRIPTS / "compare_peers.py"), "--root", str(root), "--output-dir", str(output_dir)]
-    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent), "XDG_CACHE_HOME": str(output_dir / "cache")}
-    process = subprocess.run(
-        [*command, "--seeds", "0", "--cpu-seconds", "0.2", "--json", "-", *options],
-        env=environment, capture_output=True, text=True, check=True,
+def compare(root: Path, output_dir: Path, *options: str) -> tuple[dict[str, Any], str]:
+    process = run(
+        sys.executable, SCRIPTS / "compare_peers.py", "--root", root, "--output-dir", output_dir, "--seeds", "0",
+        "--cpu-seconds", "0.2", "--json", "-", *options, XDG_CACHE_HOME=str(output_dir / "cache"),
     )  # fmt: skip
+    assert process.returncode == 0, process.stderr
     return json.loads(process.stdout), process.stderr
 
 
@@ -32,7 +30,7 @@ def test_systems_learn_for_equal_seconds_and_missing_libraries_are_named(tmp_pat
         words = TEXT.split()
         text = " ".join(words[(index * index + index // 7) % len(words)] for index in range(length))
         (tmp_path / "books" / split / "1.txt").write_text(text)
-    results, errors = run(
+    results, errors = compare(
         tmp_path / "books", tmp_path / "out", "--systems", "memtx windows", "recurrent-memory-transformer"
     )
     assert (
@@ -45,4 +43,4 @@ def test_systems_learn_for_equal_seconds_and_missing_libraries_are_named(tmp_pat
     assert seconds == sorted(seconds)
     assert seconds[-1] >= 0.2
     # A restart reads what is saved.
-    assert run(tmp_path / "books", tmp_path / "out", "--systems", "memtx windows")[0]["runs"] == results["runs"]
+    assert compare(tmp_path / "books", tmp_path / "out", "--systems", "memtx windows")[0]["runs"] == results["runs"]
