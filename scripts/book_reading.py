@@ -85,18 +85,33 @@ def load_books(root: Path, tokenizer: Tokenizer) -> list[Book]:
 
 
 @torch.no_grad()
-def read_books(model: MemoryTransformer, books: Sequence[Book], length: int = 256) -> list[FloatArray]:
-    """Return the nats of every token but the first of each book, read side by side with the state carried."""
+def read_side_by_side(
+    read: Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]], books: Sequence[Book], length: int
+) -> list[FloatArray]:
+    """Return the nats of every token but the first of each book, read side by side with the state carried.
+
+    ``read`` maps tokens and labels, ``(books, length)`` each, and the state, None at first, to the nats of every label
+    and the next state.
+    """
     tokens, labels = (pad_sequence([book.tokens for book in books], True, pad) for pad in (0, IGNORE_INDEX))
-    state, nats = model.init_state(len(books)), []
+    state, nats = None, []
     for start in range(0, tokens.shape[1] - 1, length):
         stop = min(start + length, tokens.shape[1] - 1)
-        output = model(tokens[:, start:stop], state, labels=labels[:, start + 1 : stop + 1])
-        state = output.state
-        assert output.nll is not None
-        nats.append(output.nll)
+        values, state = read(tokens[:, start:stop], labels[:, start + 1 : stop + 1], state)
+        nats.append(values)
     streams = torch.cat(nats, dim=1).numpy()
     return [stream[: len(book.cells)] for stream, book in zip(streams, books, strict=True)]
+
+
+def read_books(model: MemoryTransformer, books: Sequence[Book], length: int = 256) -> list[FloatArray]:
+    """Return the nats of every token but the first of each book, as a model reads them."""
+
+    def read(tokens: Tensor, labels: Tensor, state: Any) -> tuple[Tensor, Any]:
+        output = model(tokens, state, labels=labels)
+        assert output.nll is not None
+        return output.nll, output.state
+
+    return read_side_by_side(read, books, length)
 
 
 def sum_cells(book: Book, values: FloatArray | None = None) -> list[float]:

@@ -20,7 +20,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -29,10 +29,9 @@ from typing import Any
 import benchmarking
 import torch
 from book_peers import BPTT_SEGMENTS, PEERS, SEGMENT_LENGTH, Read
-from book_reading import load_books
+from book_reading import Book, load_books, read_side_by_side
 from book_tables import format_table
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils import _pytree as pytree
 
 from memtx import files, plots
@@ -81,24 +80,18 @@ def train_step(
     return loss.item(), pytree.tree_map_only(Tensor, Tensor.detach, state)
 
 
-@torch.no_grad()
-def read_books(model: nn.Module, read: Read, root: Path, tokenizer: Any) -> list[float]:
-    """Return the bits per byte of the validation books."""
-    books = load_books(root, tokenizer)
-    tokens, labels = (pad_sequence([book.tokens for book in books], True, pad) for pad in (0, IGNORE_INDEX))
-    state, nats = None, torch.zeros(len(books), dtype=torch.float64)
+def measure_bits(model: nn.Module, read: Read, books: Sequence[Book]) -> list[float]:
+    """Return the bits per byte of the books."""
+
+    def read_segment(tokens: Tensor, labels: Tensor, state: Any) -> tuple[Tensor, Any]:
+        _, nats, state = read(tokens, labels, torch.zeros_like(tokens, dtype=torch.bool), state)
+        return nats, pytree.tree_map_only(Tensor, Tensor.detach, state)
+
     model.eval()
-    for start in range(0, tokens.shape[1] - 1, SEGMENT_LENGTH):
-        stop = min(start + SEGMENT_LENGTH, tokens.shape[1] - 1)
-        part = tokens[:, start:stop]
-        document_starts = torch.zeros_like(part, dtype=torch.bool)
-        _, values, state = read(part, labels[:, start + 1 : stop + 1], document_starts, state)
-        nats += values.double().sum(1)
-        state = pytree.tree_map_only(Tensor, Tensor.detach, state)
+    streams = read_side_by_side(read_segment, books, SEGMENT_LENGTH)
     model.train()
-    sizes = torch.tensor([book.num_bytes for book in books])
-    bits: list[float] = (nats / math.log(2) / sizes).tolist()
-    return bits
+    nats = [float(stream.sum(dtype="float64")) for stream in streams]
+    return [value / math.log(2) / book.num_bytes for value, book in zip(nats, books, strict=True)]
 
 
 def measure(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -114,7 +107,8 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, An
     peer = PEERS[name]
     model, read = peer.build(data.vocab_size)
     optimizer = create_optimizer(model, peer.learning_rate)
-    batches, state, seconds = iter_batches(data), None, 0.0
+    batches, books = iter_batches(data), load_books(arguments.root, data.tokenizer)
+    state, seconds = None, 0.0
     readings: list[dict[str, Any]] = []
     for step in itertools.count(1):
         progress = seconds / arguments.cpu_seconds
@@ -126,7 +120,7 @@ def measure(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, An
         _, state = train_step(model, read, batch, state, optimizer)
         seconds += time.process_time() - start
         if seconds >= arguments.cpu_seconds * (len(readings) + 1) / NUM_READINGS:
-            bits = read_books(model, read, arguments.root, data.tokenizer)
+            bits = measure_bits(model, read, books)
             readings.append({"seconds": seconds, "step": step, "bits_per_byte": bits})
         if len(readings) == NUM_READINGS:
             break

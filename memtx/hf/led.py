@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-from memtx.errors import CheckpointError
 from memtx.hf.checkpoint import HFCheckpoint
 from memtx.hf.config import HFConfig
 from memtx.hf.layout import KeyMapping
 from memtx.hf.loader import load_weights
+from memtx.hf.sparse_encoders import get_windows
 from memtx.layers.embeddings import TextEmbeddings
 from memtx.layers.longformer import LongformerAttention
 from memtx.models.encoder import Encoder
@@ -56,10 +56,7 @@ def build(hf_checkpoint: HFCheckpoint) -> EncoderDecoder:
     config = HFConfig(hf_checkpoint.config)
     config.require("tie_word_embeddings", True, "an output of its own")
     depth = config.get_int("encoder_layers", 12)
-    windows = config.get_ints("attention_window", depth, 512, min_value=2)
-    if odd_windows := [window for window in windows if window % 2]:
-        message = f"config.json has attention_window = {odd_windows[0]}, expected even numbers."
-        raise CheckpointError(message, "Restore config.json.")
+    windows = get_windows(config, depth)
     dropout, attention_dropout = config.get_float("dropout", 0.1), config.get_float("attention_dropout", 0.0)
     eps, activation = 1e-5, config.get_activation("activation_function", "gelu")
     dim = config.get_int("d_model", 1024)

@@ -47,14 +47,20 @@ LONGFORMER = KeyMapping(
 )
 
 
-def build_longformer(hf_checkpoint: HFCheckpoint) -> Encoder | TaskModel:
-    """Build the Longformer of a folder; raises CheckpointError if an option or a tensor does not fit."""
-    config = HFConfig(hf_checkpoint.config)
-    depth = config.get_int("num_hidden_layers", 12)
+def get_windows(config: HFConfig, depth: int) -> list[int]:
+    """Return the window of each Longformer layer; raises CheckpointError if one is odd."""
     windows = config.get_ints("attention_window", depth, 512, min_value=2)
     if odd_windows := [window for window in windows if window % 2]:
         message = f"config.json has attention_window = {odd_windows[0]}, expected even numbers."
         raise CheckpointError(message, "Restore config.json.")
+    return windows
+
+
+def build_longformer(hf_checkpoint: HFCheckpoint) -> Encoder | TaskModel:
+    """Build the Longformer of a folder; raises CheckpointError if an option or a tensor does not fit."""
+    config = HFConfig(hf_checkpoint.config)
+    depth = config.get_int("num_hidden_layers", 12)
+    windows = get_windows(config, depth)
     # Written by the authors' code; transformers does not have dilated windows.
     dilations = config.get_ints("attention_dilation", depth, 1)
     dropout = config.get_float("attention_probs_dropout_prob", 0.1)

@@ -107,14 +107,13 @@ def generate_targets(
     state = model.start(hidden, attention_mask)
     beams = options.num_beams
     texts = [_Text([[model.start_token_id]] * beams, [0.0] + [_EXCLUDED] * (beams - 1)) for _ in input_ids]
-    logits: Tensor
     for length in range(1, options.max_length):
         if before_step is not None:
             before_step()
-        tokens = [hypothesis[-1] for text in texts for hypothesis in text.running]
-        logits, state = model.decode(torch.tensor(tokens, device=input_ids.device)[:, None], state)
-        log_probs = F.log_softmax(logits[:, -1].float(), dim=-1)
         prefixes = [hypothesis for text in texts for hypothesis in text.running]
+        last_tokens = torch.tensor([[prefix[-1]] for prefix in prefixes], device=input_ids.device)
+        logits, state = model.decode(last_tokens, state)
+        log_probs = F.log_softmax(logits[:, -1].float(), dim=-1)
         _apply_rules(log_probs, prefixes, options, eos_token_ids)
         if beams == 1:
             _extend_greedily(texts, log_probs, eos_token_ids)

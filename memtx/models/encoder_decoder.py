@@ -196,6 +196,6 @@ class EncoderDecoder(PretrainedModel):
 
     def shift_labels(self, labels: Tensor) -> Tensor:
         """Return the decoder's inputs for labels, both ``(batch, target length)`` int64; -100 becomes any token."""
-        shifted = labels.roll(1, dims=1).masked_fill(labels.roll(1, dims=1) == IGNORE_INDEX, 0)
+        shifted = labels.masked_fill(labels == IGNORE_INDEX, 0).roll(1, dims=1)
         shifted[:, 0] = self.start_token_id
         return shifted
