@@ -21,9 +21,8 @@ _DECODERS = {"WordPiece", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip
 class TextDecoder(Protocol):
     """Decodes the tokens of one text as they come."""
 
-    @property
-    def num_held_chars(self) -> int:
-        """Number of complete characters that are decoded but not returned yet."""
+    def num_chars_before(self, token_id: int) -> int:
+        """Return the number of characters that are not returned yet and precede those of a token to be fed."""
 
     def feed(self, token_id: int) -> str:
         """Return the characters that a token completes."""
@@ -35,15 +34,23 @@ class TextDecoder(Protocol):
         """Return the rest of the text; incomplete characters become U+FFFD."""
 
 
+def count_broken_chars(pending: bytes, content: bytes) -> int:
+    """Return the number of U+FFFD that bytes of an incomplete character become before content that does not go on."""
+    goes_on = not content or 0x80 <= content[0] < 0xC0
+    return 0 if goes_on else len(pending.decode("utf-8", "replace"))
+
+
 class Utf8TextDecoder:
     """Decoder for tokens that are UTF-8 bytes; ``pending`` are bytes of an incomplete character before them."""
-
-    num_held_chars = 0
 
     def __init__(self, token_bytes: Callable[[int], bytes], pending: bytes = b"") -> None:
         self._token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._decoder.setstate((pending, 0))
+
+    def num_chars_before(self, token_id: int) -> int:
+        """Return 1 if the token leaves the character before it incomplete, which becomes U+FFFD, and else 0."""
+        return count_broken_chars(self._decoder.getstate()[0], self._token_bytes(token_id))
 
     def feed(self, token_id: int) -> str:
         """Return the characters that a token completes."""
@@ -146,10 +153,16 @@ class _SpellingDecoder:
         self._run = [f"<0x{byte:02X}>" for byte in pending]
         self._previous: str | None = None
 
-    @property
-    def num_held_chars(self) -> int:
-        """Number of complete characters in the byte tokens that are held back."""
-        return len(self._run_bytes().decode("utf-8", "ignore"))
+    def num_chars_before(self, token_id: int) -> int:
+        """Return the number of characters in the byte tokens that are held back.
+
+        Before another byte token, an incomplete one does not count; before any other, each wrong byte is U+FFFD.
+        """
+        token = self._speller.spelling(token_id)
+        if not self._run or token is None or self._speller.is_byte(token):
+            return len(self._run_bytes().decode("utf-8", "ignore"))
+        tokens, is_start = [*(self._head or ()), *self._run], self._head is not None
+        return len(self._speller.join(tokens, self._previous, is_start=is_start))
 
     def feed(self, token_id: int) -> str:
         """Return the characters that a token completes."""

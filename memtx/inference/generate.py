@@ -177,7 +177,7 @@ class TokenGenerator:
         self.num_generated += 1
         # Of the end token too, which has no text: clients of OpenAI's API count on one entry per generated token.
         if self.config.logprobs is not None:
-            offset = self._num_decoded_chars + self._decoder.num_held_chars
+            offset = self._num_decoded_chars + self._decoder.num_chars_before(sampled.token)
             continues = self._continues or self.num_generated > 1
             (content,) = self.tokenizer.token_contents([sampled.token], continues=continues)
             entry = TokenLogprob(sampled.token, sampled.logprob, sampled.top_logprobs, offset, content)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from anyio import CancelScope, to_thread
 from fastapi import Request
 
+from memtx.data.token_decoder import count_broken_chars
 from memtx.data.tokenizers import Tokenizer
 from memtx.inference.deadline import remaining_seconds
 from memtx.inference.engine import Generation, QueueItem
@@ -71,7 +72,8 @@ def get_prompt_logprobs(
                 top = tuple(zip(result.top_tokens[index].tolist(), result.top_logprobs[index].tolist(), strict=True))
             logprob = None if is_unscored else -float(result.nll[index])
             content = result.token_bytes[index]
-            logprobs.append(TokenLogprob(token, logprob, top, offset, content))
+            start = offset + count_broken_chars(decoder.getstate()[0], content)
+            logprobs.append(TokenLogprob(token, logprob, top, start, content))
             offset += len(decoder.decode(content))
     return logprobs
 

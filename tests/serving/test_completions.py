@@ -18,7 +18,9 @@ from fastapi.testclient import TestClient
 
 from memtx.data.tokenizers import BytePairTokenizer, ByteTokenizer, Tokenizer
 from memtx.inference.deadline import DeadlineExceededError
+from memtx.inference.generate import GenerationConfig, TokenGenerator
 from memtx.inference.reader import SegmentResult, StreamReader
+from memtx.inference.sampling import SampledToken
 from memtx.inference.sessions.pool import SessionPool
 from memtx.serving.app import create_app
 from memtx.serving.limits import Limits
@@ -100,6 +102,35 @@ def test_a_text_begins_with_its_token_at_every_offset(name: str, tmp_path: Path)
         for offset, token in zip(logprobs["text_offset"], logprobs["tokens"], strict=True):
             assert token.startswith("bytes:") or choice["text"][offset:].startswith(token)
     assert "bytes:" in str(choices[2]["logprobs"]["tokens"]) or "".join(choices[2]["logprobs"]["tokens"]) == text
+
+
+@pytest.mark.parametrize("name", ["llama2", "gemma", "qwen", "bytes"])
+def test_a_token_begins_after_a_character_that_it_leaves_incomplete(name: str) -> None:
+    """The character becomes U+FFFD only when the token is known, and precedes it."""
+    tokenizer: Any = ByteTokenizer()
+    if name != "bytes":
+        tokenizer = BytePairTokenizer.from_backend_json(backend_json(name), 0)
+        tokenizer._restore({"bos_token_id": 1})
+    by_content = {tokenizer.token_bytes(token): token for token in range(tokenizer.vocab_size)}
+    letter = by_content[b"e"]
+    smile = [by_content[bytes([byte])] for byte in "\U0001f642".encode()]
+    for ids in ([letter, smile[0], letter, smile[0], smile[1], letter, letter], [letter, *smile, letter]):
+        generator = TokenGenerator(tokenizer, letter, [], GenerationConfig(len(ids), logprobs=0))
+        deltas = [generator.accept(SampledToken(token, 0.0)) for token in ids]
+        text = "".join(delta.text for delta in deltas)
+        entries = [entry for delta in deltas for entry in delta.token_logprobs]
+        assert [entry.token for entry in entries] == ids
+        for entry in entries:
+            assert entry.token != letter or text[entry.text_offset] == "e", (ids, text, entry)
+
+
+def test_an_echoed_token_begins_after_a_character_that_it_leaves_incomplete(tmp_path: Path) -> None:
+    with client(tmp_path) as web:
+        smile = "\U0001f642".encode()
+        ids = [*b"ab", *smile[:2], *b"c", *smile, *b"d", *smile[:1], *b"e"]
+        choice = complete(web, ids, echo=True, logprobs=0, max_tokens=0).json()["choices"][0]
+    for token, offset in zip(ids, choice["logprobs"]["text_offset"], strict=True):
+        assert token >= 0x80 or choice["text"][offset] == chr(token)
 
 
 def test_two_ids_of_one_text_are_told_apart(tmp_path: Path) -> None:
