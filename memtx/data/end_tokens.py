@@ -1,4 +1,4 @@
-"""Where a text ends, as the files of a published folder say: its end tokens and stop strings."""
+"""End tokens and stop strings of a published folder: where its files say that a text ends."""
 
 from __future__ import annotations
 
