@@ -307,7 +307,7 @@ class MemoryTransformer(PretrainedModel):
         x = self.norm(hidden[-1])
         copy_view = None
         if self.output_memory is not None:
-            copy_view = self.output_memory.read(output_states[0][0], x, tokens, segment)
+            copy_view = self.output_memory.read(output_states[0][0], x, cast("Tensor", tokens), segment)
             layers = (*layers, (copy_view.next_state,))
             copy_view = None if self.output_memory.is_hidden else copy_view
         logits = loss = language_loss = nll = None
