@@ -49,10 +49,9 @@ class GRUBackbone(nn.Module):
 
     def init_state(self, batch_size: int, *, dtype: Any = None, device: Any = None) -> MemoryState:
         """Return the state of fresh streams."""
-        weight = self.gru.weight_hh_l0
-        hidden = torch.zeros(
-            batch_size, self.depth, self.dim, dtype=dtype or weight.dtype, device=device or weight.device
-        )
+        weight = next(self.gru.parameters())
+        shape = batch_size, self.depth, self.dim
+        hidden = torch.zeros(shape, dtype=dtype or weight.dtype, device=device or weight.device)
         return MemoryState(torch.zeros(batch_size, dtype=torch.int64, device=hidden.device), ((hidden,),))
 
     def forward(

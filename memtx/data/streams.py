@@ -177,17 +177,14 @@ def _rank_streams(batch_size: int, length: int, rank: int, world_size: int) -> r
 
 
 class StreamStore(Protocol):
-    """Documents, or other sequences, that streams are made of.
+    """Documents, or other sequences, that streams are made of."""
 
-    Attributes:
-        lengths: ``(documents,)`` int64, tokens or steps of each.
-        num_tokens: Their sum.
-        fingerprint: SHA-256 of the content.
-    """
+    lengths: NDArray[np.int64]  # (documents,), tokens or steps of each
+    fingerprint: str  # SHA-256 of the content
 
-    lengths: NDArray[np.int64]
-    num_tokens: int
-    fingerprint: str
+    @property
+    def num_tokens(self) -> int:
+        """Sum of the lengths."""
 
 
 S = TypeVar("S", bound=StreamStore)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ class RegressionHead(VectorHead):
         prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         # Not labels with NaN: their gradient would be NaN, even multiplied by zero.
         error = self._loss(prediction, torch.where(is_scored, labels, 0.0).to(prediction.dtype), reduction="none")
-        return cast(Tensor, (error * is_scored).sum(-1) / is_scored.sum(-1).clamp(min=1))
+        return (error * is_scored).sum(-1) / is_scored.sum(-1).clamp(min=1)
 
     def mean(self, prediction: Tensor) -> Tensor:
         """Return the prediction itself."""

@@ -64,7 +64,7 @@ class SequenceModel(PretrainedModel):
 
     @activation_checkpointing.setter
     def activation_checkpointing(self, value: bool) -> None:
-        self.backbone.activation_checkpointing = value
+        cast(Any, self.backbone).activation_checkpointing = value
 
     @property
     def supports_padding(self) -> bool:
