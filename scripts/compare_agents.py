@@ -47,7 +47,8 @@ class PolicyHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``(..., output_dim)``."""
-        return self.out(x)
+        out: Tensor = self.out(x)
+        return out
 
 
 class Corridors:
@@ -108,7 +109,8 @@ def train(name: str, make: Callable[[], SequenceModel], seed: int, num_updates: 
         walk = [(*corridors.observe(), corridors.step == corridors.length, corridors.sign) for _ in _walk_on(corridors)]
         observations, begins, ends, signs = (torch.stack(column, dim=1) for column in zip(*walk, strict=True))
         outputs = []
-        for part in torch.arange(ROLLOUT).split(SEGMENT_LENGTH):
+        for first in range(0, ROLLOUT, SEGMENT_LENGTH):
+            part = slice(first, first + SEGMENT_LENGTH)
             output = model(observations[:, part], state, document_starts=begins[:, part])
             state = output.state
             outputs.append(output.logits)
@@ -122,7 +124,7 @@ def train(name: str, make: Callable[[], SequenceModel], seed: int, num_updates: 
         entropy = -(log_probs.exp() * log_probs).sum(-1)
         loss = (-log_prob * advantage + 0.5 * (returns - values) ** 2 - 0.01 * entropy).mean()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     seconds = time.process_time() - start

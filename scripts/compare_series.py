@@ -14,8 +14,10 @@ import json
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -62,12 +64,12 @@ def make_batch(kind: str, seed: tuple[int, ...]) -> SequenceBatch:
     return SequenceBatch(*map(torch.from_numpy, (values[:, :-1], values[:, 1:], document_starts)))
 
 
-def make_model(backbone: type[nn.Module]) -> SequenceModel:
+def make_model(backbone: Callable[[int], nn.Module]) -> SequenceModel:
     """Return a model of one column."""
     return SequenceModel(1, 1, backbone=backbone, head=RegressionHead)
 
 
-def train(kind: str, make: partial, seed: int, steps: int) -> tuple[float, float]:
+def train(kind: str, make: Callable[[], SequenceModel], seed: int, steps: int) -> tuple[float, float]:
     """Train a model; return its mean squared error on new series and the seconds of training."""
     pl.seed_everything(seed, verbose=False)
     module = SequenceModule(
@@ -75,7 +77,12 @@ def train(kind: str, make: partial, seed: int, steps: int) -> tuple[float, float
         optimizer=partial(torch.optim.AdamW, lr=3e-3, weight_decay=0.01),
         scheduler=partial(WarmupCosine, warmup_steps=30),
     )  # fmt: skip
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    options: dict[str, Any] = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "accelerator": "cpu",
+    }
     trainer = pl.Trainer(max_steps=steps, enable_model_summary=False, gradient_clip_val=1.0, **options)
     start = time.process_time()
     trainer.fit(module, FixedBatches(steps, lambda step: make_batch(kind, (seed, step))))
