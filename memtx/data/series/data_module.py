@@ -123,8 +123,8 @@ class SeriesDataModule(PinnedTransfer, LightningDataModule):
         if any(splits):
             others += [path for split, path in zip(splits, paths, strict=True) if split is None]
         if others:
-            shown = ", ".join(f"'{path}'" for path in others[:3]) + (", ..." if len(others) > 3 else "")
-            rank_zero_info(f"'{self.root}': not read: {shown}.")
+            examples = ", ".join(f"'{path}'" for path in others[:3]) + (", ..." if len(others) > 3 else "")
+            rank_zero_info(f"'{self.root}': not read: {examples}.")
         return [(split, path) for split, path in zip(splits, paths, strict=True) if split or not any(splits)]
 
     @property

@@ -77,6 +77,6 @@ def find_columns(names: tuple[str, ...], available: tuple[str, ...], path: str) 
     """Return the index of each named column; raises DataError for a name that the file does not have."""
     for name in names:
         if name not in available:
-            shown = ", ".join(available[:8]) + (", ..." if len(available) > 8 else "")
-            raise DataError(f"'{path}' has no column '{name}'.{closest_match(name, available)}", f"It has {shown}.")
+            examples = ", ".join(available[:8]) + (", ..." if len(available) > 8 else "")
+            raise DataError(f"'{path}' has no column '{name}'.{closest_match(name, available)}", f"It has {examples}.")
     return [available.index(name) for name in names]
