@@ -18,6 +18,7 @@ from memtx import files
 from memtx.cli import options
 from memtx.data.series.files import CSVReader, is_series_file, open_columns, read_column_names
 from memtx.data.series.schema import find_columns
+from memtx.data.series.store import Series, compute_statistics
 from memtx.errors import DataError, MemtxError
 from memtx.inference.series import SeriesPredictor
 
@@ -57,6 +58,8 @@ def predict_series(arguments: argparse.Namespace) -> None:
         predictor = SeriesPredictor.load(arguments.checkpoint)
     predictor.model.to(**placement)
     predictor.reset()
+    if source != "-":
+        _check_file(source, predictor.schema.columns)
     lines: list[str] = []
     series, predictions, num_steps = [], [], 0
     for chunk in _iter_chunks(source, predictor.schema.columns):
@@ -94,6 +97,16 @@ def predict_series(arguments: argparse.Namespace) -> None:
             steps_ahead=predictor.schema.steps_ahead,
             title=f"{name} of {Path(source).name}",
         )
+
+
+def _check_file(source: str, names: tuple[str, ...]) -> None:
+    """Raise DataError for a mistake anywhere in a file, before any output is written."""
+    if source.endswith(".npy"):
+        values = open_columns(Path(source), names, files.default_cache_dir())
+        compute_statistics([Series(Path(source), values, 0, len(values))], names)
+        return
+    for _ in _iter_chunks(source, names):
+        pass
 
 
 def _write(lines: list[str]) -> None:

@@ -77,6 +77,7 @@ def test_mistakes_are_one_line(program: Program, run: Path) -> None:
         assert done.code == 2, words
         assert len(done.err.splitlines()) == 1, done.err
         assert message in done.err
+        assert not done.out  # the file is checked before its first line is answered
     for name, message in (("nan.csv", "the value is missing"), ("none", "does not exist")):
         done = fit(program, run, "--run_dir", f"run-{name}", "--data.root", name)
         assert (done.code, len(done.err.splitlines())) == (2, 1), done.err

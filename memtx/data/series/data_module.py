@@ -56,7 +56,7 @@ class SeriesDataModule(PinnedTransfer, LightningDataModule):
 
     def __init__(
         self,
-        root: str,
+        root: str | None = None,
         columns: Sequence[str] | None = None,
         targets: Sequence[str] | None = None,
         steps_ahead: int = 1,
@@ -74,6 +74,8 @@ class SeriesDataModule(PinnedTransfer, LightningDataModule):
         check_options(1, batch_size=batch_size, segment_length=segment_length, bptt_segments=bptt_segments)
         check_options(1, max_length=max_length, eval_batch_size=eval_batch_size)
         check_options(0, seed=seed, steps_ahead=steps_ahead)
+        if root is None:
+            raise DataError("root is not set, expected a folder or file of series.", SERIES_HINT)
         for name, value in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
             if not 0.0 <= value < 1.0 or validation_fraction + test_fraction >= 1.0:
                 message = f"{name} is {value}, expected at least 0, and less than 1 together with the other fraction."
