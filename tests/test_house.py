@@ -30,7 +30,7 @@ ROWS = [
     ("layers", "checkpoint"),
     ("models",),
     ("hf",),
-    ("checkpoint.load", "checkpoint.convert"),
+    ("checkpoint.load", "checkpoint.convert", "checkpoint.hf_export", "checkpoint.model_card"),
     ("checkpoint.training", "checkpoint.async_io", "checkpoint.trainer_state", "checkpoint.whole_step"),
     ("training", "inference"),
     ("serving", "evaluation"),
@@ -48,6 +48,7 @@ IMPORTERS_OF_DATA = {
     "cli",
     "checkpoint.load",
     "checkpoint.convert",
+    "checkpoint.hf_export",
 }
 FORBIDDEN = {("serving", "training"), ("training", "inference")}
 # Importing Lightning takes seconds, so only these files do.

@@ -46,13 +46,11 @@ class MemtxForCausalLM(transformers_model.MemtxForCausalLM):
 
 
 def check_language_model(model: nn.Module) -> MemoryTransformer:
-    """Return a model that continues texts; raises MemtxError for one of another kind, or with LoRA adapters."""
+    """Return a model that continues texts; raises MemtxError for one of another kind."""
     if not isinstance(model, MemoryTransformer) or isinstance(model.head, NoHead):
         message = f"{type(model).__name__} predicts no next token, so that AutoModelForCausalLM cannot open it."
         hint = "Give a MemoryTransformer or TransformerXL; memtx.hf.save writes a published layout."
         raise MemtxError(message, hint)
-    if model.adapter_config is not None:
-        raise MemtxError("The model has LoRA adapters.", "Save it, which merges them, and load it again.")
     return model
 
 

@@ -7,7 +7,7 @@ Importing this module needs ``transformers`` (``pip install 'memtx[hf]'``). The 
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import transformers
@@ -37,7 +37,7 @@ class MemtxConfig(transformers.PretrainedConfig):  # type: ignore[misc]
     """
 
     model_type = exported.MODEL_TYPE
-    keys_to_ignore_at_inference = ("cache", "past_key_values")
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
 
     def __init__(
         self, memtx: dict[str, Any] | None = None, segment_length: int = exported.SEGMENT_LENGTH, **options: Any
@@ -90,7 +90,9 @@ class MemtxForCausalLM(transformers.PreTrainedModel, GenerationMixin):  # type: 
             segment_length: Tokens read at a time; longer inputs are streamed.
             **options: Further entries of the configuration, such as ``eos_token_id``.
         """
-        description = exported.describe(exported.check_language_model(model), segment_length=segment_length)
+        if exported.check_language_model(model).adapter_config is not None:
+            raise MemtxError("The model has LoRA adapters.", "Save it, which merges them, and load it again.")
+        description = exported.describe(model, segment_length=segment_length)
         return cls(cls.config_class(**{**description, **options}), model).train(model.training)
 
     @classmethod
