@@ -7,14 +7,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from memtx import files
+from memtx import files, hf
 from memtx.checkpoint import hub
-from memtx.checkpoint.model_card import TrainingFacts, write_card
+from memtx.checkpoint.convert import ConversionResult, open_target
+from memtx.checkpoint.load import load
+from memtx.checkpoint.model_card import TrainingFacts, read_training_facts, write_card
 from memtx.checkpoint.pretrained import PretrainedModel
 from memtx.data.end_tokens import read_eos_token_ids
 from memtx.data.tokenizer_export import ExportedTokenizer, export_tokenizer
 from memtx.data.tokenizer_files import TOKENIZER_FILE, read_backend, read_bos_token_id
-from memtx.data.tokenizers import Tokenizer
+from memtx.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_from_json
 from memtx.errors import CheckpointError, DataError
 from memtx.hf import exported
 from memtx.models.memory_transformer import MemoryTransformer
@@ -73,6 +75,46 @@ def export(
     for file_name, text in texts.items():
         files.write_text(Path(path) / file_name, text)
     return sorted(texts)
+
+
+def export_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    window: int | None = None,
+    segment_length: int | None = None,
+    overwrite: bool = False,
+    name: str | None = None,
+) -> ConversionResult:
+    """Write a stored language model and its tokenizer as :func:`export` does, completely or not at all.
+
+    Args:
+        source: Anything that :func:`memtx.checkpoint.load.load` takes.
+        target: Folder to write.
+        window: Exact positions seen by a Hugging Face decoder. Defaults to its trained length.
+        segment_length: Tokens that the model reads at a time. Defaults to 512, or to those of the training if results
+            depend on it.
+        overwrite: If True, replace an existing target.
+        name: Name in the examples of the model card. Defaults to the target's.
+
+    Raises:
+        CheckpointError: The source cannot be loaded.
+        MemtxError: The model predicts no next token, or the target exists or cannot be written.
+    """
+    with open_target(source, target, overwrite=overwrite) as (path, folder):
+        checkpoint = load(path, window)
+        facts = read_training_facts(path, checkpoint.metadata)
+        tokenizer: Tokenizer | Path | None = None
+        if path.is_dir() and hf.is_hf_folder(path):
+            tokenizer = path
+        elif (text := checkpoint.sidecars.get("tokenizer")) is not None:
+            tokenizer = load_tokenizer(path) if (path / TOKENIZER_FILE).is_file() else tokenizer_from_json(text)
+        trained_length = exported.depends_on_segmentation(checkpoint.model) and facts.segment_length
+        length = segment_length or trained_length or exported.SEGMENT_LENGTH
+        options: dict[str, Any] = {"tokenizer": tokenizer, "segment_length": length, "facts": facts}
+        names = export(checkpoint.model, folder, name=name or Path(target).name, **options)
+        num_parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
+        return ConversionResult(path, type(checkpoint.model).__name__, num_parameters, names, [])
 
 
 def push(

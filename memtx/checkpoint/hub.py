@@ -21,8 +21,10 @@ _PICKLES = ("pytorch_model*.bin",)
 def is_repo_id(path: str | os.PathLike[str]) -> bool:
     """Return whether ``path`` is no local path but may be a repository: ``user/name`` or ``user/name@revision``."""
     name = os.fspath(path)
-    is_local = Path(name).exists() or Path(name.partition("/")[0]).is_dir() or name.endswith(".ckpt")
-    return not is_local and _REPO_ID.fullmatch(name) is not None
+    if _REPO_ID.fullmatch(name) is None or any(part in name for part in ("--", "..", ".ckpt")):
+        return False
+    # Beside a folder it is a mistyped path, for which no one should wait for the network.
+    return not Path(name).exists() and not Path(name.partition("/")[0]).is_dir()
 
 
 def download(name: str, revision: str | None = None) -> Path:
@@ -108,17 +110,17 @@ def _reason(error: Exception) -> str:
     response = getattr(error, "response", None)
     if (status := getattr(response, "status_code", None)) is not None:
         detail = getattr(error, "server_message", None)
-        return f"HTTP {status}: {detail}" if detail else f"HTTP {status}, {type(error).__name__}"
+        return f"HTTP {status}: {detail.rstrip('.')}" if detail else f"HTTP {status}, {type(error).__name__}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
+    return (lines[0] if lines else type(error).__name__).removeprefix("Got: ").rstrip(".")
 
 
 def _hint(error: Exception) -> str:
-    name = type(error).__name__
-    if name in ("RepositoryNotFoundError", "GatedRepoError", "LocalTokenNotFoundError"):
+    name, status = type(error).__name__, getattr(getattr(error, "response", None), "status_code", None)
+    if name in ("RepositoryNotFoundError", "GatedRepoError", "LocalTokenNotFoundError") or status in (401, 403):
         return "Check the name; a private or gated repository needs HF_TOKEN or hf auth login."
     if name == "RevisionNotFoundError":
         return "Give a branch, tag or commit of the repository as revision."
-    if getattr(error, "response", None) is not None:
-        return "Check the token's rights to the repository, and try again."
+    if status is not None:
+        return "Try again, or look at the status of the hub."
     return "Check the path or name and the network; HF_HUB_OFFLINE=1 reads what is in the cache."

@@ -32,7 +32,7 @@ tags:
 # {name}
 
 A language model that reads texts of any length, segment by segment, with a state of constant size: {model_class} of
-{num_parameters:,} parameters ({depth} layers of width {dim}, {vocab_size:,} tokens, {dtype}).
+{num_parameters:,} parameters (depth {depth}, width {dim}, {vocab_size:,} tokens, {dtype}).
 
 ## State
 
@@ -172,13 +172,13 @@ def _memory_table(model: MemoryTransformer) -> str:
     """Return the rows of consecutive layers with equal memories."""
     blocks: Any = model.blocks
     layers = ["; ".join(_describe(memory) for memory in block.attention.memories) for block in blocks]
-    rows: list[tuple[int, int, str]] = []
+    runs: list[tuple[int, int, str]] = []
     for index, text in enumerate(layers):
-        if rows and rows[-1][2] == text:
-            rows[-1] = (rows[-1][0], index, text)
+        if runs and runs[-1][2] == text:
+            runs[-1] = (runs[-1][0], index, text)
         else:
-            rows.append((index, index, text))
-    lines = [f"| {first if first == last else f'{first} to {last}'} | {text} |" for first, last, text in rows]
+            runs.append((index, index, text))
+    lines = [f"| {first if first == last else f'{first} to {last}'} | {text} |" for first, last, text in runs]
     if model.output_memory is not None:
         lines.append(f"| output | {_describe(model.output_memory)} |")
     return "\n".join(lines)

@@ -54,9 +54,9 @@ def check_language_model(model: nn.Module) -> MemoryTransformer:
     return model
 
 
-def depends_on_segmentation(model: MemoryTransformer) -> bool:
-    """Return whether results depend on how a stream is split into segments."""
-    blocks: Any = model.blocks
+def depends_on_segmentation(model: nn.Module) -> bool:
+    """Return whether results of a language model depend on how a stream is split into segments."""
+    blocks: Any = check_language_model(model).blocks
     return any(memory.depends_on_segmentation for block in blocks for memory in block.attention.memories)
 
 

@@ -57,6 +57,11 @@ class MemoryCache(Cache):  # type: ignore[misc]
         """True after the first token."""
         return self.state is not None
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """``[False]``, so that ``generate`` leaves out the ids that the cache has read."""
+        return [False]
+
     def continued(self) -> MemoryCache:
         """Return a cache of the same streams for ``generate(new_ids, cache=...)``, given only the ids that follow.
 

@@ -15,37 +15,37 @@ from torch import Tensor
 from memtx.errors import MemtxError
 from memtx.hf.exported import depends_on_segmentation
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.models.validation import check_token_ids
+from memtx.models.validation import check_token_ids, check_vectors
 from memtx.state import MemoryState
 
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """Ids with their documents and padding.
+    """Ids or vectors with their documents and padding.
 
     Attributes:
-        tokens: ``(batch, length)`` int64, 0 where there is padding.
+        inputs: ``(batch, length)`` int64 or ``(batch, length, dim)``, 0 where there is padding.
         document_starts: ``(batch, length)`` bool; None if no document starts.
         valid_length: ``(batch,)`` int64, number of ids before the padding on the right; None without such padding.
     """
 
-    tokens: Tensor
+    inputs: Tensor
     document_starts: Tensor | None = None
     valid_length: Tensor | None = None
 
     def slice(self, start: int, end: int, *, carries_state: bool) -> dict[str, Any]:
         """Return the arguments of the model for a segment; ``valid_length`` is needed only if the state is carried."""
-        starts, valid_length = self.document_starts, self.valid_length if carries_state else None
+        document_starts, valid_length = self.document_starts, self.valid_length if carries_state else None
         return {
-            "tokens": self.tokens[:, start:end],
-            "document_starts": None if starts is None else starts[:, start:end],
+            "tokens" if self.inputs.dim() == 2 else "inputs_embeds": self.inputs[:, start:end],
+            "document_starts": None if document_starts is None else document_starts[:, start:end],
             "valid_length": None if valid_length is None else (valid_length - start).clamp(0, end - start),
         }
 
 
 def read_masks(
     model: MemoryTransformer,
-    input_ids: Tensor,
+    inputs: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     *,
@@ -57,7 +57,7 @@ def read_masks(
 
     Args:
         model: Model that is to read it.
-        input_ids: ``(batch, length)`` int64.
+        inputs: Ids, ``(batch, length)`` int64, or vectors, ``(batch, length, dim)``.
         attention_mask: ``(batch, length)`` or ``(batch, num_cached + length)``, 0 for padding; None without padding.
         position_ids: ``(batch, length)`` or ``(1, length)``; None for consecutive ones.
         state: State of the streams; None for fresh streams.
@@ -67,39 +67,42 @@ def read_masks(
     Raises:
         MemtxError: The arguments do not fit each other, or describe something that the model cannot read.
     """
-    check_token_ids("input_ids", input_ids)
-    batch_size, length = input_ids.shape
-    starts = torch.zeros_like(input_ids, dtype=torch.bool)
-    begun = torch.full((batch_size,), is_continued or num_cached > 0, device=input_ids.device)
+    if inputs.dim() == 2:
+        check_token_ids("input_ids", inputs)
+    else:
+        check_vectors("inputs_embeds", inputs, model.dim)
+    batch_size, length = inputs.shape[:2]
+    document_starts = torch.zeros(batch_size, length, dtype=torch.bool, device=inputs.device)
+    begun = torch.full((batch_size,), is_continued or num_cached > 0, device=inputs.device)
     valid_length = None
-    mask = None if attention_mask is None else _check_mask(attention_mask, input_ids, num_cached)
+    mask = None if attention_mask is None else _check_mask(attention_mask, inputs, num_cached)
     if mask is not None and not mask.all():
         if mask.shape[1] > length and not is_continued:
             begun = mask[:, :num_cached].any(1)
         mask = mask[:, -length:]
-        starts, valid_length = _read_padding(mask, begun, is_first=num_cached == 0)
-        if starts.any() and depends_on_segmentation(model):
+        document_starts, valid_length = _read_padding(mask, begun, is_first=num_cached == 0)
+        if document_starts.any() and depends_on_segmentation(model):
             message = "attention_mask has padding on the left, but the model's results depend on its segments."
             raise MemtxError(message, "Read texts of one length together, or one at a time.")
-        input_ids = input_ids.masked_fill(~mask, 0)
+        inputs = inputs.masked_fill(~mask if inputs.dim() == 2 else ~mask[..., None], 0)
     else:
         mask = None
     if position_ids is not None:
-        positions = position_ids.to(input_ids.device).expand(batch_size, -1)
-        starts = starts | _read_positions(positions, input_ids, mask, begun, state)
-    if input_ids.device.type == "cpu" and int(input_ids.max()) >= model.vocab_size:
-        message = f"input_ids has {int(input_ids.max())}, but the model has {model.vocab_size} tokens."
+        positions = position_ids.to(inputs.device).expand(batch_size, -1)
+        document_starts = document_starts | _read_positions(positions, inputs.shape[:2], mask, begun, state)
+    if inputs.dim() == 2 and inputs.device.type == "cpu" and int(inputs.max()) >= model.vocab_size:
+        message = f"input_ids has {int(inputs.max())}, but the model has {model.vocab_size} tokens."
         raise MemtxError(message, "Use the tokenizer of the folder, and its attention_mask for padding.")
-    return PaddedBatch(input_ids, starts if starts.any() else None, valid_length)
+    return PaddedBatch(inputs, document_starts if document_starts.any() else None, valid_length)
 
 
-def _check_mask(attention_mask: Tensor, input_ids: Tensor, num_cached: int) -> Tensor:
-    """Return the mask as bool."""
-    batch_size, length = input_ids.shape
+def _check_mask(attention_mask: Tensor, inputs: Tensor, num_cached: int) -> Tensor:
+    """Return the mask as bool; raises MemtxError if it has another shape."""
+    batch_size, length = inputs.shape[:2]
     if attention_mask.shape not in ((batch_size, length), (batch_size, num_cached + length)):
         message = f"attention_mask is {tuple(attention_mask.shape)}, expected ({batch_size}, {num_cached + length})."
         raise MemtxError(message, "Give a column for every id, padding included.")
-    return attention_mask.to(input_ids.device) != 0
+    return attention_mask.to(inputs.device) != 0
 
 
 def _read_padding(mask: Tensor, begun: Tensor, *, is_first: bool) -> tuple[Tensor, Tensor | None]:
@@ -111,24 +114,24 @@ def _read_padding(mask: Tensor, begun: Tensor, *, is_first: bool) -> tuple[Tenso
         row = int(has_gap.nonzero()[0])
         message = f"attention_mask has padding between the ids of text {row}."
         raise MemtxError(message, "Put padding before or behind each text.")
-    starts = rises & ~begun[:, None]
+    document_starts = rises & ~begun[:, None]
     if is_first:
-        starts[:, 0] = False  # a fresh stream starts by itself
+        document_starts[:, 0] = False  # a fresh stream begins by itself
     indices = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     ends = (mask * indices).amax(1)
     # A text that has not begun yet has no end: what is read of it is padding on the left.
     ends = torch.where(mask.any(1) | begun, ends, mask.shape[1])
-    return starts, ends if bool((ends < mask.shape[1]).any()) else None
+    return document_starts, ends if bool((ends < mask.shape[1]).any()) else None
 
 
 def _read_positions(
-    positions: Tensor, input_ids: Tensor, mask: Tensor | None, begun: Tensor, state: MemoryState | None
+    positions: Tensor, shape: torch.Size, mask: Tensor | None, begun: Tensor, state: MemoryState | None
 ) -> Tensor:
     """Return the document starts at position 0; raises MemtxError if positions skip or begin elsewhere."""
-    if positions.shape != input_ids.shape:
-        message = f"position_ids is {tuple(positions.shape)}, expected {tuple(input_ids.shape)}."
+    if positions.shape != shape:
+        message = f"position_ids is {tuple(positions.shape)}, expected {tuple(shape)}."
         raise MemtxError(message, "Match input_ids.")
-    is_text = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+    is_text = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask
     before = torch.nn.functional.pad(is_text[:, :-1], (1, 0))
     # The position that follows the previous id, or the state.
     follows = torch.nn.functional.pad(positions[:, :-1] + 1, (1, 0))
@@ -136,8 +139,8 @@ def _read_positions(
         follows[:, 0] = torch.where(begun, state.position, 0)
         before[:, 0] = begun
     expected = torch.where(before, follows, 0)
-    starts = is_text & (positions == 0) & before
+    document_starts = is_text & (positions == 0) & before
     if bool((is_text & (positions != expected) & (positions != 0)).any()):
         message = "position_ids do not count up by 1 from 0, or from the state's position."
         raise MemtxError(message, "Remove them, or give 0 where a document begins.")
-    return starts
+    return document_starts

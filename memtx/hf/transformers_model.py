@@ -93,7 +93,8 @@ class MemtxForCausalLM(transformers.PreTrainedModel, GenerationMixin):  # type: 
         if exported.check_language_model(model).adapter_config is not None:
             raise MemtxError("The model has LoRA adapters.", "Save it, which merges them, and load it again.")
         description = exported.describe(model, segment_length=segment_length)
-        return cls(cls.config_class(**{**description, **options}), model).train(model.training)
+        wrapped: Self = cls(cls.config_class(**{**description, **options}), model).train(model.training)
+        return wrapped
 
     @classmethod
     def from_pretrained(cls, path: Any, *arguments: Any, **options: Any) -> Any:
@@ -165,7 +166,7 @@ class MemtxForCausalLM(transformers.PreTrainedModel, GenerationMixin):  # type: 
                 on the left is as if it were not there; on the right it is not carried over.
             position_ids: ``(batch, length)``, counting up by 1; 0 begins a document, which sees nothing before it.
             cache: State of the streams, which is updated; None for fresh streams. ``past_key_values`` is its old name.
-            inputs_embeds: Not supported.
+            inputs_embeds: ``(batch, length, dim)`` in place of ``get_input_embeddings()(input_ids)``.
             labels: ``(batch, length)``, ``input_ids`` with -100 where no token is to be predicted.
             use_cache: If True, return the cache. Defaults to True, but for training and for padding on the right in
                 models that cannot leave it out of the state.
@@ -179,38 +180,39 @@ class MemtxForCausalLM(transformers.PreTrainedModel, GenerationMixin):  # type: 
         Raises:
             MemtxError: Arguments are not supported or do not fit each other.
         """
-        if input_ids is None or inputs_embeds is not None:
-            raise MemtxError("inputs_embeds is not supported.", "Give input_ids.")
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is None or (input_ids is not None and inputs_embeds is not None):
+            raise MemtxError("Neither or both of input_ids and inputs_embeds are given.", "Give one of them.")
         if output_attentions:
             raise MemtxError("output_attentions is not supported.", "Remove it; see memtx.list_sources.")
-        if labels is not None and labels.shape != input_ids.shape:
-            raise MemtxError(f"labels is {tuple(labels.shape)}, expected {tuple(input_ids.shape)}.", "Match input_ids.")
+        if labels is not None and labels.shape != inputs.shape[:2]:
+            raise MemtxError(f"labels is {tuple(labels.shape)}, expected {tuple(inputs.shape[:2])}.", "Match them.")
         cache = cache if cache is not None else past_key_values
         cache = check_cache(cache)
         cache = MemoryCache() if cache is None else cache
         batch = read_masks(
-            self.model, input_ids, attention_mask, position_ids, state=cache.state, num_cached=cache.num_tokens,
+            self.model, inputs, attention_mask, position_ids, state=cache.state, num_cached=cache.num_tokens,
             is_continued=cache.is_continued,
         )  # fmt: skip
         returns_cache = self._returns_cache(use_cache, batch)
         self.model.activation_checkpointing = self.gradient_checkpointing and self.training
         wants_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        state = self.model.init_state(len(input_ids)) if cache.state is None else cache.state
+        state = self.model.init_state(len(inputs)) if cache.state is None else cache.state
         logits: list[Tensor] = []
         hidden_states: list[tuple[Tensor, ...]] = []
-        aux_loss = torch.zeros((), device=input_ids.device)
-        length = input_ids.shape[1]
+        aux_loss = torch.zeros((), device=inputs.device)
+        length = inputs.shape[1]
         num_skipped = length - logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep else 0
         for start in range(0, length, self.config.segment_length):
-            segment = batch.slice(start, min(start + self.config.segment_length, length), carries_state=returns_cache)
+            end = min(start + self.config.segment_length, length)
+            segment = batch.slice(start, end, carries_state=returns_cache)
             out = self.model(**segment, state=state, return_hidden_states=wants_hidden_states)
             state = out.state
-            segment_length = segment["tokens"].shape[1]
-            if start + segment_length > num_skipped:
+            if end > num_skipped:
                 logits.append(out.logits[:, max(num_skipped - start, 0) :])
             if wants_hidden_states:
                 hidden_states.append((*out.hidden_states[:-1], self.model.norm(out.hidden_states[-1])))
-            aux_loss = aux_loss + sum(out.aux_losses.values()) * (segment_length / length)
+            aux_loss = aux_loss + sum(out.aux_losses.values()) * ((end - start) / length)
         if returns_cache:
             cache.state, cache.num_tokens = state, cache.num_tokens + length
         all_logits = torch.cat(logits, dim=1)
