@@ -33,6 +33,7 @@ ROWS = [
     ("checkpoint.load", "checkpoint.convert", "checkpoint.hf_export", "checkpoint.model_card"),
     ("checkpoint.training", "checkpoint.async_io", "checkpoint.trainer_state", "checkpoint.whole_step"),
     ("training", "inference"),
+    ("hf.memory_cache", "hf.transformers_model"),
     ("serving", "evaluation"),
     ("cli", "__main__"),
 ]

@@ -9,11 +9,15 @@ from torch import Tensor
 from transformers import Cache
 
 from memtx.errors import MemtxError
+from memtx.inference.decoder import Decoder
+from memtx.models.memory_transformer import MemoryTransformer
 from memtx.state import MemoryState
 
 
 class MemoryCache(Cache):  # type: ignore[misc]
     """State of a batch of streams in the form that ``generate`` carries; the models replace ``state`` as they read.
+
+    Single tokens are read by a :class:`~memtx.inference.decoder.Decoder`, which holds keys and values of the window.
 
     Attributes:
         num_tokens: Number of ids, with padding, read since the cache was created.
@@ -28,9 +32,35 @@ class MemoryCache(Cache):  # type: ignore[misc]
 
     def __init__(self, state: MemoryState | None = None) -> None:
         super().__init__(layers=[])
-        self.state = state
+        self._state = state
+        self._decoder: Decoder | None = None
         self.num_tokens = 0
         self.is_continued = state is not None
+
+    @property
+    def state(self) -> MemoryState | None:
+        """State of the streams, as a value; None for fresh ones."""
+        # Cloned, because the decoder's tensors cannot take part in a backward pass.
+        return self._state if self._decoder is None else self._decoder.state.map(torch.clone)
+
+    @state.setter
+    def state(self, value: MemoryState | None) -> None:
+        self._state, self._decoder = value, None
+
+    def step(self, model: MemoryTransformer, tokens: Tensor) -> Tensor:
+        """Read one token per stream, ``(batch,)`` int64, by a model in eval mode; return logits ``(batch, vocab)``."""
+        if self._decoder is None or self._decoder.model is not model:
+            state = self.state
+            self._decoder = Decoder(
+                model, model.init_state(len(tokens)) if state is None else state, use_cuda_graph=False
+            )
+            self._state = None
+        self.num_tokens += 1
+        return self._decoder.step(tokens).clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes, with the state as a value: a copy has no decoder, and so no model."""
+        return {**vars(self), "_state": self.state, "_decoder": None}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of tokens, with padding, read since the cache was created."""
@@ -45,17 +75,19 @@ class MemoryCache(Cache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Size of the state in bytes, which does not depend on the number of tokens read."""
-        return 0 if self.state is None else self.state.nbytes
+        return 0 if (state := self.state) is None else state.nbytes
 
     @property
     def batch_size(self) -> int:
         """Number of streams; -1 before the first token."""
-        return -1 if self.state is None else self.state.batch_size
+        if self._decoder is not None:
+            return self._decoder.batch_size
+        return -1 if self._state is None else self._state.batch_size
 
     @property
     def is_initialized(self) -> bool:
         """True after the first token."""
-        return self.state is not None
+        return self._state is not None or self._decoder is not None
 
     @property
     def is_linear(self) -> list[bool]:
@@ -75,21 +107,24 @@ class MemoryCache(Cache):  # type: ignore[misc]
 
     def detach(self) -> None:
         """Detach the state from the graph, as truncated back-propagation through time does between steps."""
-        self.state = None if self.state is None else self.state.detach()
+        self.state = None if (state := self.state) is None else state.detach()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select streams, as beam search does."""
-        self.batch_select_indices(beam_idx)
+        if self._decoder is not None and self._decoder.batch_size == len(beam_idx):
+            self._decoder.reorder(beam_idx)
+        else:
+            self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Select streams by index."""
-        if self.state is not None:
-            self.state = self.state.select(indices)
+        if (state := self.state) is not None:
+            self.state = state.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each stream."""
-        if self.state is not None:
-            self.state = self.state.select(torch.arange(self.state.batch_size).repeat_interleave(repeats))
+        if (state := self.state) is not None:
+            self.state = state.select(torch.arange(state.batch_size).repeat_interleave(repeats))
 
     def crop(self, *_: Any, **__: Any) -> None:
         """Raise MemtxError: a state cannot forget its newest tokens."""

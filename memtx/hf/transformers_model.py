@@ -6,7 +6,6 @@ Importing this module needs ``transformers`` (``pip install 'memtx[hf]'``). The 
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any, ClassVar, Self
 
 import torch
@@ -22,9 +21,6 @@ from memtx.hf.memory_cache import MemoryCache, check_cache
 from memtx.hf.padding import PaddedBatch, read_masks
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.ops.cross_entropy import IGNORE_INDEX
-
-CACHE_NAME = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values"))
-"""Name of the cache in this version of ``transformers``."""
 
 
 class MemtxConfig(transformers.PretrainedConfig):  # type: ignore[misc]
@@ -197,6 +193,11 @@ class MemtxForCausalLM(transformers.PreTrainedModel, GenerationMixin):  # type: 
         returns_cache = self._returns_cache(use_cache, batch)
         self.model.activation_checkpointing = self.gradient_checkpointing and self.training
         wants_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        is_step = inputs.shape[1:] == (1,) and batch.document_starts is batch.valid_length is None
+        if is_step and returns_cache and labels is None and not (wants_hidden_states or torch.is_grad_enabled()):
+            output = CausalLMOutputWithPast(logits=cache.step(self.model, batch.inputs[:, 0])[:, None], cache=cache)
+            return output if return_dict else output.to_tuple()
         state = self.model.init_state(len(inputs)) if cache.state is None else cache.state
         logits: list[Tensor] = []
         hidden_states: list[tuple[Tensor, ...]] = []
@@ -222,9 +223,8 @@ class MemtxForCausalLM(transformers.PreTrainedModel, GenerationMixin):  # type: 
             loss=None if labels is None else self._loss(all_logits, labels, aux_loss, options),
             logits=all_logits,
             hidden_states=tuple(torch.cat(parts, dim=1) for parts in zip(*hidden_states, strict=True)) or None,
-            **{CACHE_NAME: cache if returns_cache else None},
+            cache=cache if returns_cache else None,
         )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
     def _returns_cache(self, use_cache: bool | None, batch: PaddedBatch) -> bool:
@@ -253,12 +253,17 @@ class MemtxForCausalLM(transformers.PreTrainedModel, GenerationMixin):  # type: 
         """Give ``generate`` a fresh cache unless the caller has one; raises MemtxError for a cache of another kind."""
         if (kind := generation_config.cache_implementation) is not None:
             raise MemtxError(f"cache_implementation is '{kind}'.", "Remove it: the cache of this model is its state.")
-        cache = check_cache(model_kwargs.get(CACHE_NAME))
+        cache = check_cache(model_kwargs.get("cache"))
         if cache is None and generation_config.use_cache is not False:
-            model_kwargs[CACHE_NAME] = MemoryCache()
+            model_kwargs["cache"] = MemoryCache()
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Return the arguments of the next call of ``generate``."""
         # generate looks for the name kwargs, which lets it pass the arguments of forward.
@@ -268,7 +273,9 @@ class MemtxForCausalLM(transformers.PreTrainedModel, GenerationMixin):  # type: 
             cached = input_ids.shape[1] - next_sequence_length
             message = f"input_ids has {input_ids.shape[1]} ids, but the cache has read {cached}."
             raise MemtxError(message, "Give the ids of the text so far and what follows, or cache.continued().")
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
         return inputs
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -141,6 +143,53 @@ def test_cache_is_the_state(wrapped: Any) -> None:
     assert embedded.shape == second.logits.shape
     assert isinstance(wrapped(ids(), return_dict=False), tuple)
     assert torch.equal(wrapped(ids(), logits_to_keep=30).logits, wrapped(ids()).logits[:, -30:])
+
+
+def test_copies_of_a_cache_are_independent(wrapped: Any) -> None:
+    with torch.no_grad():
+        cache = wrapped(ids()).cache
+        step = ids(1, seed=5)
+        wrapped(step, cache=cache)  # a single token is decoded in place
+        saved, pickled = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
+        logits = wrapped(step, cache=cache).logits
+        assert "Decoder" not in repr(vars(saved)["_decoder"])
+        for other in (saved, pickled):
+            torch.testing.assert_close(wrapped(step, cache=other).logits, logits)
+        expected = wrapped(torch.cat([ids(), step, step], dim=1))
+        torch.testing.assert_close(logits, expected.logits[:, -1:])
+        assert cache.state.equals(expected.cache.state, atol=1e-5)
+        swapped = cache.state.select([1, 1])
+        cache.reorder_cache(torch.tensor([1, 1]))
+        assert cache.state.equals(swapped)
+        cache.batch_repeat_interleave(2)
+        assert cache.batch_size == 4
+    # What was decoded takes part in training.
+    wrapped(ids(2, 4), labels=ids(2, 4), cache=cache, use_cache=True).loss.backward()
+    cache.detach()
+    cache.reset()
+    assert (cache.batch_size, cache.nbytes, cache.get_seq_length()) == (-1, 0, 0)
+
+
+def test_vectors_in_place_of_ids() -> None:
+    from memtx.hf.transformers_model import MemtxForCausalLM
+
+    wrapped = MemtxForCausalLM.wrap(create("compressed"), segment_length=SEGMENT_LENGTH)
+    vectors = wrapped.get_input_embeddings()(ids()).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(wrapped(inputs_embeds=vectors).logits, wrapped(ids()).logits)
+    text = wrapped.generate(ids(), max_new_tokens=5, do_sample=False)
+    assert torch.equal(wrapped.generate(inputs_embeds=vectors, max_new_tokens=5, do_sample=False), text[:, 60:])
+
+
+def test_other_dtypes_are_loaded(tmp_path: Path) -> None:
+    create("untied").save_pretrained(tmp_path, hf=True)
+    load = partial(transformers.AutoModelForCausalLM.from_pretrained, tmp_path, trust_remote_code=True)
+    half = load(dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert float(half.model.embedding_scale) == 4.0
+    assert half.generate(ids(5), max_new_tokens=3).shape == (2, 8)
+    fresh = transformers.AutoModelForCausalLM.from_config(half.config, trust_remote_code=True)
+    assert fresh(ids(5)).logits.isfinite().all()
 
 
 def test_generation_with_and_without_cache(wrapped: Any) -> None:
