@@ -1,6 +1,6 @@
 """Compares a memory with the window alone and a GRU of equal size as agents that must remember what they saw.
 
-A corridor with a sign at its entrance (the T-maze of Bakker 2002, section 4, with four exits): the sign names the exit
+A corridor with a sign at its entrance (the T-maze of Bakker 2002, section 4, with two exits): the sign names the exit
 to take at the end. Agents see noise on the way, and only at the end that it is reached. They are trained by policy
 gradient with a learned baseline (REINFORCE, Williams 1992), on batches of streams that are reset where an episode ends,
 and evaluated by acting step by step. In a long corridor the sign has left the window; in a short one it has not, and a
@@ -27,13 +27,13 @@ from memtx import files
 from memtx.models.sequence_model import SequenceModel
 from memtx.plots import plot_seed_comparison
 
-NUM_EXITS, NOISE_DIM = 4, 3
+NUM_EXITS, NOISE_DIM = 2, 2
 NUM_ACTIONS = NUM_EXITS + 1  # to walk on, or to take an exit
 OBSERVATION_DIM = NUM_EXITS + 1 + NOISE_DIM
-CORRIDORS = {"long": (8, 14), "short": (2, 4)}
+CORRIDORS = {"long": (8, 12), "short": (2, 4)}
 """Least and greatest number of steps by name."""
-WINDOW, BATCH_SIZE, ROLLOUT, SEGMENT_LENGTH, DISCOUNT, BUMP = 4, 64, 32, 32, 0.9, -0.1
-LEARNING_RATE = 4e-3
+WINDOW, BATCH_SIZE, ROLLOUT, SEGMENT_LENGTH, DISCOUNT, PENALTY = 4, 64, 32, 32, 0.5, -0.2
+LEARNING_RATE = 3e-3
 MODELS = ("compressed memory", "window", "GRU")
 
 
@@ -79,12 +79,18 @@ class Corridors:
 
     def act(self, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Take actions ``(batch,)``: 0 walks on, others take an exit. Return rewards and the episodes that ended."""
-        is_end, is_exit = self.step == self.length, actions > 0
-        reward = torch.where(is_end, (actions == self.sign + 1).float(), BUMP * is_exit)
+        is_end = self.step == self.length
+        reward = rewards_of(actions, self.sign, is_end)
         length, sign = self._sample(len(is_end))
         self.step = torch.where(is_end, 0, self.step + 1)
         self.length, self.sign = torch.where(is_end, length, self.length), torch.where(is_end, sign, self.sign)
         return reward, is_end
+
+
+def rewards_of(actions: Tensor, sign: Tensor, is_end: Tensor) -> Tensor:
+    """Return 1 for the right exit, 0 for another one, and a penalty for an exit on the way or none at the end."""
+    is_exit = actions > 0
+    return torch.where(is_end == is_exit, ((actions == sign + 1) & is_end).float(), PENALTY)
 
 
 def discounted_returns(rewards: Tensor, ends: Tensor) -> Tensor:
@@ -117,7 +123,7 @@ def train(name: str, make: Callable[[], SequenceModel], seed: int, num_updates: 
         state = state.detach()
         log_probs, values = F.log_softmax(torch.cat(outputs, dim=1)[..., :-1], -1), torch.cat(outputs, dim=1)[..., -1]
         actions = torch.multinomial(log_probs.detach().exp().flatten(0, 1), 1).view(begins.shape)
-        rewards = torch.where(ends, (actions == signs + 1).float(), BUMP * (actions > 0))
+        rewards = rewards_of(actions, signs, ends)
         returns = discounted_returns(rewards, ends)
         advantage = (returns - values).detach()
         log_prob = log_probs.gather(-1, actions[..., None])[..., 0]
@@ -156,7 +162,7 @@ def main() -> None:
     """Compare the agents."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=300)
+    parser.add_argument("--updates", type=int, default=700)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -183,7 +189,7 @@ def main() -> None:
         files.write_text(arguments.markdown, "\n".join([*table, ""]))
     if arguments.plot:
         rates_by_name = {f"{result['corridor']}: {result['agent']}": result["right_exits"] for result in results}
-        unit = "rate of right exits (chance 0.25)"
+        unit = "rate of right exits (chance 0.5)"
         plot_seed_comparison(arguments.plot, rates_by_name, title="Agents", unit=unit, lower_is_better=False)
 
 

@@ -38,6 +38,8 @@ def _convert(arguments: argparse.Namespace) -> None:
         options.print_next_command(
             "Train it on with", "fit", "--config", "configs/longformer-mlm.yaml", "--model.pretrained", arguments.target
         )
+    elif "series.json" in summary.extra_files:
+        options.print_next_command("Predict a series with", "predict", "FILE", "--checkpoint", arguments.target)
     else:
         options.print_next_command("Serve it with", "serve", "--checkpoint", arguments.target)
 

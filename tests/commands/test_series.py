@@ -86,3 +86,13 @@ def test_mistakes_are_one_line(program: Program, run: Path) -> None:
     done = fit(program, run, "--run_dir", "run-root")
     assert done.code == 2
     assert "data.root is not set, expected the folder of series" in done.err
+
+
+def test_a_converted_run_predicts_and_other_models_refuse_a_forecast(program: Program, run: Path) -> None:
+    converted = program("convert", "run", "folder", cwd=run)
+    assert converted.code == 0, converted.err
+    assert "predict FILE --checkpoint folder" in converted.out + converted.err
+    expected = program("predict", "data/test/z.csv", "--checkpoint", "run", cwd=run)
+    assert program("predict", "data/test/z.csv", "--checkpoint", "folder", cwd=run).out == expected.out
+    read = program("read", "data/test/z.csv", "--checkpoint", "folder", cwd=run)
+    assert (read.code, len(read.err.splitlines())) == (2, 1), read.err
