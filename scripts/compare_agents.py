@@ -33,7 +33,7 @@ OBSERVATION_DIM = NUM_EXITS + 1 + NOISE_DIM
 CORRIDORS = {"long": (8, 12), "short": (2, 4)}
 """Least and greatest number of steps by name."""
 WINDOW, BATCH_SIZE, ROLLOUT, SEGMENT_LENGTH, DISCOUNT, PENALTY = 4, 64, 32, 32, 0.5, -0.2
-LEARNING_RATE = 3e-3
+LEARNING_RATE, ENTROPY_WEIGHT = 3e-3, 0.1
 MODELS = ("compressed memory", "window", "GRU")
 
 
@@ -128,7 +128,9 @@ def train(name: str, make: Callable[[], SequenceModel], seed: int, num_updates: 
         advantage = (returns - values).detach()
         log_prob = log_probs.gather(-1, actions[..., None])[..., 0]
         entropy = -(log_probs.exp() * log_probs).sum(-1)
-        loss = (-log_prob * advantage + 0.5 * (returns - values) ** 2 - 0.01 * entropy).mean()
+        # Falling to zero: without it, agents settle on one exit before they have learned to read the sign.
+        entropy_weight = ENTROPY_WEIGHT * (1.0 - update / num_updates)
+        loss = (-log_prob * advantage + 0.5 * (returns - values) ** 2 - entropy_weight * entropy).mean()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
