@@ -55,8 +55,9 @@ def load_prompts(path: str) -> dict[int, Prompt]:
     prompts = {}
     for name, parts in content.items() if isinstance(content, dict) else ():
         number = name.removeprefix("qa")
-        texts = {key: parts.get(key) for key in PROMPT_PARTS} if isinstance(parts, dict) else {}
-        if not number.isdecimal() or not texts or not all(isinstance(text, str) for text in texts.values()):
+        entries = parts if isinstance(parts, dict) else {}
+        texts = {key: entries[key] for key in PROMPT_PARTS if isinstance(entries.get(key), str)}
+        if not number.isdecimal() or len(texts) < len(PROMPT_PARTS):
             raise DataError(f"'{path}' has no prompt at '{name}'.", PROMPT_HINT)
         prompts[int(number)] = Prompt.from_parts(**texts)
     if not prompts:
