@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from memtx.data.batch import PinnedTransfer, check_options, limit_epochs, rank_and_world_size
+from memtx.data.hf_tokenizers import HFTokenizer
 from memtx.data.shards import TokenStore
 from memtx.data.sources.base import SPLITS, Corpus, CorpusManifest, TextSource
 from memtx.data.sources.corpus import open_corpus
@@ -100,6 +101,15 @@ class BookDataModule(PinnedTransfer, LightningDataModule):
     def vocab_size(self) -> int:
         """Vocabulary size; known before any text is read."""
         return self.tokenizer.vocab_size
+
+    @property
+    def mask_token_id(self) -> int | None:
+        """Id of the mask token of a tokenizer that has one, such as BERT's; None for others."""
+        if not isinstance(self.tokenizer, HFTokenizer):
+            return None
+        self._train_tokenizer()
+        assert isinstance(self.tokenizer, HFTokenizer)
+        return self.tokenizer.mask_token_id
 
     @cached_property
     def corpus(self) -> Corpus:

@@ -61,6 +61,12 @@ class HFTokenizer(BackendTokenizer):
         super().__init__(0, path)
 
     @property
+    def special_token_ids(self) -> tuple[int, ...]:
+        """Ids of the special tokens."""
+        self._require_backend()
+        return tuple(self._special_token_ids.values())
+
+    @property
     def bos_token_id(self) -> int:
         """Id that begins a document: ``cls_token_id``."""
         return self.cls_token_id
