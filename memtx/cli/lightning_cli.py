@@ -88,14 +88,10 @@ class MemtxCLI(LightningCLI):
             parser.link_arguments("data.segment_length", "model.segment_length")
             parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
             return
-        options = {key: key for key in ("vocab_size", "segment_length", "num_labels", "mask_token_id")}
-        for option, key in {**options, "mask_id": "mask_token_id"}.items():
+        for key in ("vocab_size", "segment_length", "num_labels", "mask_token_id"):
             # Linked from the object: if an attribute is missing, Lightning reads all data for its error message.
             parser.link_arguments(
-                "data",
-                f"model.init_args.{option}",
-                lambda data, key=key: getattr(data, key, None),
-                apply_on="instantiate",
+                "data", f"model.init_args.{key}", lambda data, key=key: getattr(data, key, None), apply_on="instantiate"
             )
 
     def _parse_ckpt_path(self) -> None:

@@ -27,7 +27,7 @@ from memtx.data.tokenized_corpus import (
     tokenize_corpus,
     train_tokenizer,
 )
-from memtx.data.tokenizers import ByteTokenizer, Tokenizer, tokenizer_from_json
+from memtx.data.tokenizers import BackendTokenizer, ByteTokenizer, Tokenizer, tokenizer_from_json
 from memtx.errors import CheckpointError, MemtxError
 from memtx.files import default_cache_dir
 
@@ -104,12 +104,11 @@ class BookDataModule(PinnedTransfer, LightningDataModule):
 
     @property
     def mask_token_id(self) -> int | None:
-        """Id of the mask token of a tokenizer that has one, such as BERT's; None for others."""
-        if not isinstance(self.tokenizer, HFTokenizer):
-            return None
-        self._train_tokenizer()
-        assert isinstance(self.tokenizer, HFTokenizer)
-        return self.tokenizer.mask_token_id
+        """Id of the mask token of a tokenizer that has one, such as BERT's or RoBERTa's; None for others."""
+        if isinstance(self.tokenizer, HFTokenizer):
+            self._train_tokenizer()
+        tokenizer = self.tokenizer
+        return tokenizer.find_mask_token() if isinstance(tokenizer, BackendTokenizer) and tokenizer.is_trained else None
 
     @cached_property
     def corpus(self) -> Corpus:

@@ -84,8 +84,7 @@ class MaskedModule(TokenPredictionModule):
     Args:
         model: Creates the encoder from the vocabulary size.
         vocab_size: Vocabulary size; set from the data module.
-        mask_id: Id of the mask token, if the vocabulary has one; set from the data module for a tokenizer of published
-            encoders. None adds it after the last id.
+        mask_id: Id of the mask token. Defaults to ``mask_token_id``; without one it is added after the last id.
         mask_prob: Probability that a token or a word is selected. Defaults to 0.15.
         whole_words: If True, select all tokens of a word together.
         mask_smoothing: Exponent s that favors rare tokens in training: one that occurs n times in the training texts
@@ -93,6 +92,7 @@ class MaskedModule(TokenPredictionModule):
             selects all alike. Defaults to 0.0.
         add_special_tokens: If True, put ``[CLS]`` before and ``[SEP]`` after every sequence, and ``[SEP]`` between
             documents, as published encoders read texts; these are two tokens more than the data's ``segment_length``.
+        mask_token_id: Id of the tokenizer's mask token, None if it has none; set from the data module.
         pretrained: Folder of an encoder with a head for masked tokens to begin with, such as one that
             ``memtx convert --to longformer`` wrote; ``model`` is then ignored.
         **options: ``optimizer``, ``scheduler``, ``gate_lr_multiplier`` and ``distillation`` of :class:`BaseModule`.
@@ -109,6 +109,7 @@ class MaskedModule(TokenPredictionModule):
         whole_words: bool = False,
         mask_smoothing: float = 0.0,
         add_special_tokens: bool = False,
+        mask_token_id: int | None = None,
         pretrained: str | None = None,
         **options: Any,
     ) -> None:
@@ -119,6 +120,7 @@ class MaskedModule(TokenPredictionModule):
                 f"mask_smoothing ({mask_smoothing}) selects single tokens, whole_words whole words.", "Set one of them."
             )
         self.data_vocab_size = vocab_size
+        mask_id = mask_token_id if mask_id is None else mask_id
         self.mask_id = vocab_size if mask_id is None else mask_id
         num_tokens = vocab_size + (mask_id is None)
         self.model = model(num_tokens) if pretrained is None else _load_masked_encoder(pretrained, num_tokens)

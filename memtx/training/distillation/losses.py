@@ -107,7 +107,8 @@ class SoftTargets(DistillationLoss):
     T^2 KL(softmax(teacher / T) || softmax(student / T)) in nats, averaged over scored positions; in masked language
     modeling over all tokens, masked or not (DistilBERT, Sanh et al. 2019). Logits are computed in chunks that the
     backward pass recomputes, so that those of a whole vocabulary are never stored. If only the teacher's top-k logits
-    are known, its distribution is over these classes. Other arguments are those of :class:`DistillationLoss`.
+    are known, its distribution is over these classes; ids that only the teacher's vocabulary has are left out. Other
+    arguments are those of :class:`DistillationLoss`.
 
     Args:
         temperature: T, above 0. Defaults to 2.0.
@@ -138,7 +139,9 @@ class SoftTargets(DistillationLoss):
                 f"SoftTargets needs a teacher with logits, but this {teacher.name} has no head for the task.",
                 "Fine-tune it first and use that run, or remove SoftTargets.",
             )
-        if student.num_classes != teacher.num_classes:
+        # A published vocabulary may be padded beyond its tokenizer's ids, and so beyond the student's.
+        has_padding = teacher.classes_are_tokens and teacher.num_classes > student.num_classes
+        if student.num_classes != teacher.num_classes and not (student.classes_are_tokens and has_padding):
             raise MemtxError(
                 f"The student has {student.num_classes} classes, the teacher {teacher.num_classes}.",
                 "Use the same vocabulary or labels for both, such as the tokenizer the teacher was trained with.",
@@ -154,6 +157,8 @@ class SoftTargets(DistillationLoss):
             log_probs = F.log_softmax(upcast(logits) / self.temperature, dim=-1)
             with torch.no_grad():
                 teacher_logits = teacher_chunk if teacher.head is None else teacher.head(teacher_chunk)
+                if classes is None:
+                    teacher_logits = teacher_logits[:, : logits.shape[-1]]
                 target = F.softmax(upcast(teacher_logits) / self.temperature, dim=-1)
             if classes is not None:
                 log_probs = log_probs.gather(-1, classes)

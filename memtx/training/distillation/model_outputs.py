@@ -43,6 +43,7 @@ class ModelDims:
         num_classes: Logits per position or text; 0 without a head for the training objective.
         has_attention_maps: If True, visibility depends on the distance between two tokens alone, so that attention
             scores can be compared.
+        classes_are_tokens: If True, the classes are all tokens of a masked language model.
     """
 
     name: str
@@ -52,6 +53,7 @@ class ModelDims:
     value_dims: tuple[int, ...]
     num_classes: int
     has_attention_maps: bool
+    classes_are_tokens: bool = False
 
     @classmethod
     def from_model(cls, model: nn.Module) -> Self:
@@ -69,6 +71,7 @@ class ModelDims:
                 (backbone.dim,) * backbone.depth,
                 model.num_labels if isinstance(model, TaskModel) else backbone.vocab_size * (backbone.head is not None),
                 has_attention_maps=all(attention.within_window(distance) is not None for attention in attentions),
+                classes_are_tokens=not isinstance(model, TaskModel) and backbone.head is not None,
             )
         if isinstance(model, TaskModel):
             return cls(name, model.backbone.dim, 0, (), (), model.num_labels, has_attention_maps=False)

@@ -282,7 +282,7 @@ def test_mismatched_dimensions_are_rejected_with_a_hint(make: Any, teacher: dict
 
 def test_dims_match_the_model() -> None:
     dims = ModelDims.from_model(encoder(8, 2, 4))
-    assert dims == ModelDims("Encoder", 8, 2, (4, 4), (8, 8), VOCAB, has_attention_maps=True)
+    assert dims == ModelDims("Encoder", 8, 2, (4, 4), (8, 8), VOCAB, has_attention_maps=True, classes_are_tokens=True)
     assert not ModelDims.from_model(encoder(8, 2, 4, partial(BigBirdAttention, block_size=4))).has_attention_maps
     assert not ModelDims.from_model(
         encoder(8, 2, 4, partial(LongformerAttention, window=4, num_random_tokens=1))

@@ -138,10 +138,10 @@ def test_the_loss_of_tinybert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 40), st.floats(0.01, 0.9), st.integers(0, 99))
 def test_smoothed_masking_selects_a_fixed_share_and_no_special_token(
-    rows: int, length: int, share: float, seed: int
+    batch_size: int, length: int, share: float, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, 9, (rows, length), generator=generator)
+    tokens = torch.randint(0, 9, (batch_size, length), generator=generator)
     weights = torch.tensor([1.0, 0.5, 0.0, 0.1, 0.2, 1e-3, 0.7, 0.3, 0.3])
     masked = mask_tokens(
         tokens, mask_token_id=8, vocab_size=9, mask_prob=share, special_token_ids=(0, 1), token_weights=weights,
