@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from memtx import files
@@ -21,7 +20,6 @@ from memtx.hf.task_heads import get_labels
 from memtx.models.encoder import Encoder
 from memtx.models.heads import TaskModel
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.ops.cpu.cpu_info import is_bf16_slow
 
 
 @dataclass(frozen=True)
@@ -43,20 +41,17 @@ class Teacher:
     vocabulary: Any = None
 
 
-def load_teacher(path: str | os.PathLike[str], *, bf16: bool = False) -> Teacher:
+def load_teacher(path: str | os.PathLike[str]) -> Teacher:
     """Load a teacher.
 
     Args:
         path: Run folder (its best checkpoint is used), checkpoint, or pretrained folder of memtx or ``transformers``.
-        bf16: If True, store and run it in bfloat16, unless that is slow on this machine.
 
     Raises:
         CheckpointError: The path is missing, damaged or not a model.
     """
     model_path = pretrained.resolve_model_path(path)
     model = from_pretrained(model_path).requires_grad_(False).eval()
-    if bf16 and not is_bf16_slow():
-        model.to(torch.bfloat16)
     if (model_path / pretrained.CONFIG_FILE).is_file():
         return Teacher(str(path), model, None, _read_labels(model_path, model), _read_vocabulary(model_path))
     sidecars = pretrained.read_sidecars(model_path)
@@ -77,6 +72,12 @@ def _read_vocabulary(folder: Path) -> Any:
         return _get_vocabulary(load_tokenizer(folder))
     except DataError:  # the folder has none, or one of another library
         return None
+
+
+def _get_backend(text: str) -> Any:
+    """Return what gives the ids of a text: the library's part of a tokenizer's JSON, if there is one."""
+    description = json.loads(text)
+    return description.get("model", description)
 
 
 def _get_vocabulary(tokenizer: Tokenizer) -> Any:
@@ -115,7 +116,11 @@ def check_teacher(teacher: Teacher, student: nn.Module, datamodule: Any) -> None
             f"The tokenizer in '{teacher.path}' is not that of the data, so token ids differ.",
             f"Set data.tokenizer to memtx.data.hf_tokenizers.HFTokenizer and its path to '{teacher.path}'.",
         )
-    if tokenizer is not None and teacher.tokenizer is not None and tokenizer.to_json() != teacher.tokenizer:
+    if (
+        tokenizer is not None
+        and teacher.tokenizer is not None
+        and _get_backend(tokenizer.to_json()) != _get_backend(teacher.tokenizer)
+    ):
         raise CheckpointError(
             f"The teacher in '{teacher.path}' was trained with another tokenizer, so its token ids differ.",
             "Use the same tokenizer for both, trained on the same texts (data.root, data.tokenizer).",

@@ -20,6 +20,7 @@ from memtx.data.books import BookDataModule
 from memtx.data.hf_tokenizers import WordPieceTokenizer
 from memtx.errors import MemtxError
 from memtx.models.encoder import Encoder
+from memtx.ops.cpu import cpu_info
 from memtx.training import distillation as kinds
 from memtx.training.distillation import Distillation, EvenlySpacedLayers, EveryKthLayer
 from memtx.training.objectives import mask_tokens
@@ -190,6 +191,19 @@ def test_rare_tokens_are_masked_more_often_by_their_counts(tmp_path: Path) -> No
     generator = torch.Generator().manual_seed(0)
     labels = torch.cat([module._mask_batch(batch, generator).labels for _ in range(40)])
     assert (labels == ids[0]).sum() / (labels != IGNORE_INDEX).sum() > 0.7
+
+
+def test_a_student_takes_the_weights_of_a_bfloat16_teacher_unrounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_info, "is_cpu_bf16_fast", lambda: True)
+    torch.manual_seed(0)
+    teacher, student = Encoder(VOCAB, 8, 2, 2), Encoder(VOCAB, 8, 1, 2)
+    teacher.save_pretrained(tmp_path)
+    distillation = Distillation(str(tmp_path), [kinds.SoftTargets], EvenlySpacedLayers(), bf16=True)
+    distillation.setup(student)
+    assert next(distillation._teacher[0].parameters()).dtype == torch.bfloat16
+    assert torch.equal(student.blocks[0].attention.query.weight, teacher.blocks[0].attention.query.weight)
 
 
 def test_options_that_do_not_fit_are_rejected(tmp_path: Path) -> None:
