@@ -90,7 +90,7 @@ def test_tinybert_in_two_commands_from_published_folders(program: Program, tmp_p
     augment = ["distil", "augment", "--model", "bert", "--data", "data", "--output", "augmented", "--device", "cpu"]
     result = program(*augment, "--num-variants=3", cwd=tmp_path)
     assert result.code == 0, result.err
-    sizes = {"dim": 8, "depth": 2, "heads": 2, "hidden_dim": 16}
+    sizes = {"dim": 4, "depth": 1, "heads": 2, "hidden_dim": 8, "embeddings.init_args.num_positions": 66}
     student = [f"--model.model.init_args.{name}={value}" for name, value in sizes.items()]
     options = ["--data.tokenizer.init_args.path=bert", "--model.distillation.init_args.teacher=bert", *EXACT]
     general = fit(program, tmp_path, "tinybert-general.yaml", "general", *books(tmp_path), *student, *options)
