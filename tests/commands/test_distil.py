@@ -39,8 +39,8 @@ def fit(program: Program, workdir: Path, config: str, run: str, *options: str) -
 def read_losses(run: Path) -> list[dict[str, float]]:
     """Return the logged losses of each step."""
     with (run / "metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["train_loss"]]
-    return [{name[6:]: float(value or 0) for name, value in row.items() if name.startswith("train_")} for row in rows]
+        lines = [row for row in csv.DictReader(file) if row["train_loss"]]
+    return [{name[6:]: float(value or 0) for name, value in row.items() if name.startswith("train_")} for row in lines]
 
 
 def books(workdir: Path) -> list[str]:
@@ -102,9 +102,9 @@ def test_tinybert_in_two_commands_from_published_folders(program: Program, tmp_p
     )  # fmt: skip
     assert {"train_embedding_mse", "train_attention_mse", "train_hidden_mse", "train_soft_targets"} <= metrics
     # Intermediate layers first, then predictions (TinyBERT, Jiao et al. 2020, section 4.2).
-    rows = read_losses(tmp_path / "student")
-    assert len(rows) == 10
-    for step, losses in enumerate(rows):
+    lines = read_losses(tmp_path / "student")
+    assert len(lines) == 10
+    for step, losses in enumerate(lines):
         names = ["embedding_mse", "attention_mse", "hidden_mse"] if step < 9 else ["soft_targets"]
         # float32, as logged
         assert losses["loss"] == pytest.approx(sum(losses[name] for name in names), rel=1e-5), step

@@ -59,13 +59,13 @@ def test_candidates_are_predictions_for_single_pieces_and_neighbors_for_others(p
     assert candidates[2] == ["harpooners0", "harpooners1", "harpooners2"]
     # By hand: the masked text alone, its likeliest words.
     ids = tokenizer.encode(text).astype("int64")
-    place = 1 + [tokenizer.decode([token]).strip() for token in ids].index(single)
+    position = 1 + [tokenizer.decode([token]).strip() for token in ids].index(single)
     tokens = torch.tensor([[tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]])
-    tokens[0, place] = tokenizer.mask_token_id
+    tokens[0, position] = tokenizer.mask_token_id
     with torch.no_grad():
         logits = model(tokens).logits
     assert logits is not None
-    order = logits[0, place, : tokenizer.vocab_size].argsort(descending=True).tolist()
+    order = logits[0, position, : tokenizer.vocab_size].argsort(descending=True).tolist()
     likely = [tokenizer.decode([token]).strip() for token in order if tokenizer.token_bytes(token)[:1] == b" "]
     assert candidates[1] == [word for word in likely if word.isalpha()][:3]
     assert len(candidates[5]) == 3  # predicted, or found for its pieces
