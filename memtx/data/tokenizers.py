@@ -42,6 +42,7 @@ HF_FORMAT, HF_FORMAT_VERSION = "memtx.hf_tokenizer", 2
 _FORMAT_VERSIONS = {FORMAT: FORMAT_VERSION, HF_FORMAT: HF_FORMAT_VERSION}
 BOS_TOKEN = "<|begin|>"
 _EARLIER_BOS_TOKENS = ("<|begin_of_text|>", "<|endoftext|>", "<s>", "<bos>", "[CLS]")
+MASK_TOKENS = ("[MASK]", "<mask>")
 BOS_KEY, EOS_KEY, STOP_KEY = "bos_token_id", "eos_token_ids", "stop_strings"
 
 
@@ -132,6 +133,11 @@ class BackendTokenizer(Tokenizer):
         tokens = self._backend.get_added_tokens_decoder().values()
         added_tokens = {token.content: token.normalized for token in tokens if parse_special or not token.special}
         return CutFinder(encoding_backend(text, parse_special=parse_special), description, added_tokens)
+
+    def find_mask_token(self) -> int | None:
+        """Return the id of the token that stands for a masked one, or None if the vocabulary has none."""
+        ids = map(self._require_backend().token_to_id, MASK_TOKENS)
+        return next((token_id for token_id in ids if token_id is not None), None)
 
     @property
     def is_trained(self) -> bool:
