@@ -39,7 +39,7 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Section:
+class KeyTable:
     """The keys of a class, or those at the top of a config (``target`` is None)."""
 
     title: str
@@ -69,13 +69,13 @@ def build_parser() -> Any:
     raise AssertionError("LightningCLI parsed no arguments")
 
 
-def build_reference() -> list[Section]:
+def build_reference() -> list[KeyTable]:
     """Return the sections of the top of a config and of every class of memtx that a ``class_path`` can name.
 
     Classes are found in the types of keys, among the modules that are imported.
     """
     top = list(build_parser()._actions)
-    sections = [Section("Top level", None, "Keys of a config for books and a language model.", _read_keys(top))]
+    sections = [KeyTable("Top level", None, "Keys of a config for books and a language model.", _read_keys(top))]
     waiting: list[Any] = [BaseModule, LightningDataModule, *map(_get_type, top)]
     classes: set[type] = set()
     while waiting:
@@ -87,7 +87,7 @@ def build_reference() -> list[Section]:
                     continue
                 waiting += map(_get_type, actions)
                 summary = (inspect.getdoc(target) or "").partition("\n\n")[0]
-                sections.append(Section(class_path(target), target, summary, _read_keys(actions)))
+                sections.append(KeyTable(class_path(target), target, summary, _read_keys(actions)))
     return [sections[0], *sorted(sections[1:], key=lambda section: section.title)]
 
 
@@ -151,7 +151,7 @@ def _format_default(value: Any) -> str:
     return "null" if value is None else "" if value in (inspect.Parameter.empty, "==SUPPRESS==") else str(value)
 
 
-def render(sections: Sequence[Section]) -> str:
+def render(sections: Sequence[KeyTable]) -> str:
     """Return the reference as HTML, with a heading, a summary and a table for each section."""
     anchors = {section.title.rpartition(".")[2]: section.title for section in sections if section.target}
     parts = ["<h1>YAML keys</h1>", _INTRODUCTION, "<ul>"]

@@ -216,8 +216,8 @@ def test_a_killed_worker_does_not_change_a_run(
     assert actual["global_step"] == expected["global_step"] == 400
     for name, weight in expected["state_dict"].items():
         assert torch.equal(actual["state_dict"][name], weight), name
-    rows = [(tmp_path / run / "metrics.csv").read_text().count("\n") for run in ("torchrun", "run")]
-    assert rows[0] - 2 <= rows[1] <= rows[0]  # a step saved but not yet logged may be missing after a kill
+    num_rows = [(tmp_path / run / "metrics.csv").read_text().count("\n") for run in ("torchrun", "run")]
+    assert num_rows[0] - 2 <= num_rows[1] <= num_rows[0]  # a step saved but not yet logged may be missing after a kill
 
 
 @pytest.mark.slow
