@@ -75,7 +75,7 @@ def build_reference() -> list[KeyTable]:
     Classes are found in the types of keys, among the modules that are imported.
     """
     top = list(build_parser()._actions)
-    sections = [KeyTable("Top level", None, "Keys of a config for books and a language model.", _read_keys(top))]
+    sections = [KeyTable("config", None, "Keys of a config for books and a language model.", _read_keys(top))]
     waiting: list[Any] = [BaseModule, LightningDataModule, *map(_get_type, top)]
     classes: set[type] = set()
     while waiting:
@@ -154,9 +154,7 @@ def _format_default(value: Any) -> str:
 def render(sections: Sequence[KeyTable]) -> str:
     """Return the reference as HTML, with a heading, a summary and a table for each section."""
     anchors = {section.title.rpartition(".")[2]: section.title for section in sections if section.target}
-    parts = ["<h1>YAML keys</h1>", _INTRODUCTION, "<ul>"]
-    parts += [f'<li><a href="#{section.title}">{section.title}</a></li>' for section in sections]
-    parts.append("</ul>")
+    parts = ["<h1>YAML keys</h1>", _INTRODUCTION]
     for section in sections:
         title, link = section.title, ""
         if section.target is not None:
@@ -171,6 +169,12 @@ def render(sections: Sequence[KeyTable]) -> str:
             parts.append(f"<tr><td>{'<td>'.join(cells)}<td>{_to_html(key.description)}</tr>")
         parts.append("</tbody></table>" if section.keys else "<p>No keys.</p>")
     return "\n".join(parts)
+
+
+def render_contents(sections: Sequence[KeyTable]) -> str:
+    """Return the links to the sections as an HTML list."""
+    names = {section.title: section.title.removeprefix("memtx.") for section in sections}
+    return "<ul>" + "".join(f'<li><a href="#{title}">{name}</a></li>' for title, name in names.items()) + "</ul>"
 
 
 def _to_html(text: str) -> str:

@@ -47,10 +47,12 @@ _MODULE = """{% extends "default/module.html.jinja2" %}
 _LINKS = """{% set base = "../" * (module.modulename.count(".") if module else 0) %}
 <ul>{% for page, name in pages.items() %}<li><a href="{{ base }}{{ page }}">{{ name }}</a></li>{% endfor %}</ul>
 """
-_STYLE = """.guide table {display: block; overflow-x: auto; margin-bottom: 1rem; font-size: 0.9rem}
-.guide td, .guide th {padding: 0.15rem 0.5rem; vertical-align: top; border-bottom: 1px solid var(--accent)}
+_STYLE = """main.guide {max-width: 80rem}
+nav.pdoc h2 {font-size: 1.2rem}
+.guide table {display: block; overflow-x: auto; margin-bottom: 1rem; font-size: 0.9rem}
+.guide td, .guide th {padding: 0.15rem 0.5rem; vertical-align: top}
+.guide td:first-child code {white-space: nowrap}
 .guide img {max-width: 100%}
-.guide td code {overflow-wrap: anywhere}
 """
 
 
@@ -102,7 +104,9 @@ def write_docs(folder: Path, modules: Sequence[str] | None = None) -> list[str]:
             warnings.simplefilter("always")
             _write_api(pdoc, building, [name for name in names if modules is None or name in modules])
             notes += _write_guide(pdoc, building)
-            _write_page(pdoc, building, "keys.html", config_reference.render(config_reference.build_reference()))
+            sections = config_reference.build_reference()
+            contents = config_reference.render_contents(sections)
+            _write_page(pdoc, building, "keys.html", config_reference.render(sections), contents)
         _drop_dead_links(building)
         if folder.exists():
             shutil.rmtree(folder)
@@ -188,11 +192,7 @@ def _write_guide(pdoc: Any, folder: Path) -> list[str]:
         guide = re.sub(r"!\[([^\]]*)\]\([^)]*\)", r"*\1 (picture in the repository)*", guide)
         notes.append("the guide has no pictures and no figures of scripts: these are not in an installed package.")
     for name, text in (("index.html", guide), ("scripts.html", scripts)):
-        for path, target in (
-            ("scripts/README.md", "scripts.html"),
-            (".readme/", "images/"),
-            ("../README.md", "index.html"),
-        ):
+        for path, target in _LINK_TARGETS.items():
             text = text.replace(f"]({path}", f"]({target}")
         page = pdoc.render_helpers.to_html(text)
         _write_page(pdoc, folder, name, str(page), page.toc_html or "")

@@ -114,12 +114,12 @@ def test_every_key_of_the_shipped_configs_is_listed(docs: Path) -> None:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
         check(config)
         trainer = {f"trainer.{key}" for key in config.get("trainer", {})}
-        assert trainer <= sections["Top level"], path.name
+        assert trainer <= sections["config"], path.name
 
 
 def test_keys_have_type_default_and_description() -> None:
     sections = {section.title: section for section in config_reference.build_reference()}
-    keys = {key.name: key for key in sections["Top level"].keys}
+    keys = {key.name: key for key in sections["config"].keys}
     key = keys["checkpoint.keep_last"]
     assert (key.type_name, key.default) == ("int", "2")
     assert key.description.startswith("Number of newest checkpoints to keep")
