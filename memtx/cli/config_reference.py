@@ -162,11 +162,11 @@ def render(sections: Sequence[KeyTable]) -> str:
             link = f' <a href="{page}">API</a>'
         parts.append(f'<h2 id="{title}">{title}{link}</h2><p>{_to_html(section.summary)}</p>')
         if section.keys:
-            parts.append("<table><thead><tr><th>key<th>type<th>default<th>description</thead><tbody>")
+            parts.append('<table class="keys"><thead><tr><th>key, type, default<th>description</thead><tbody>')
         for key in section.keys:
-            default = f"<code>{html.escape(key.default)}</code>" if key.default else ""
-            cells = (f"<code>{key.name}</code>", _link_classes(key.type_name, anchors), default)
-            parts.append(f"<tr><td>{'<td>'.join(cells)}<td>{_to_html(key.description)}</tr>")
+            default = f"<br>default: <code>{html.escape(key.default)}</code>" if key.default else ""
+            cell = f"<code>{key.name}</code><br>{_link_classes(key.type_name, anchors)}{default}"
+            parts.append(f"<tr><td>{cell}<td>{_to_html(key.description)}</tr>")
         parts.append("</tbody></table>" if section.keys else "<p>No keys.</p>")
     return "\n".join(parts)
 

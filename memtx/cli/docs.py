@@ -51,7 +51,7 @@ _STYLE = """main.guide {max-width: 80rem}
 nav.pdoc h2 {font-size: 1.2rem}
 .guide table {display: block; overflow-x: auto; margin-bottom: 1rem; font-size: 0.9rem}
 .guide td, .guide th {padding: 0.15rem 0.5rem; vertical-align: top}
-.guide td:first-child code {white-space: nowrap}
+.guide table.keys {display: table; table-layout: fixed; width: 100%; overflow-wrap: anywhere}
 .guide img {max-width: 100%}
 """
 
