@@ -131,7 +131,8 @@ def _read_keys(actions: Iterable[Any]) -> tuple[Key, ...]:
         if last in _SKIPPED_KEYS or is_group or action.dest == "==SUPPRESS==":
             continue
         description = " ".join(str(action.help or "").split()).removesuffix("%s").strip()
-        keys.append(Key(action.dest, _format_type(_get_type(action)), _format_default(action.default), description))
+        default = "" if action.required else _format_default(action.default)
+        keys.append(Key(action.dest, _format_type(_get_type(action)), default, description))
     return tuple(keys)
 
 
