@@ -31,6 +31,8 @@ OFFSET_LABEL: dict[str, Any] = {"textcoords": "offset points", "va": "center", "
 DPI = 150
 
 FloatArray = NDArray[np.float64]
+PlotTarget = str | os.PathLike[str] | io.BytesIO
+"""A file to write atomically, or a buffer."""
 
 
 def _create_figure(width: float, height: float, title: str = "") -> Figure:
@@ -60,9 +62,11 @@ def _format_count(value: float, _: object = None) -> str:
     return f"{value:g}"
 
 
-def _save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    content = io.BytesIO()
+def _save_figure(figure: Figure, path: PlotTarget) -> None:
+    content = path if isinstance(path, io.BytesIO) else io.BytesIO()
     figure.savefig(content, format="png")
+    if isinstance(path, io.BytesIO):
+        return
     with files.atomic_open(path) as handle:
         handle.write(content.getvalue())
 
@@ -151,7 +155,7 @@ def _enumerate_curves(
 
 
 def plot_loss_curves(
-    path: str | os.PathLike[str],
+    path: PlotTarget,
     curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
     *,
     title: str = "Loss",
@@ -175,6 +179,55 @@ def plot_loss_curves(
     axes.xaxis.set_major_formatter(FuncFormatter(_format_count))
     if len(curves) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=TEXT_COLOR)
+    _save_figure(figure, path)
+
+
+def plot_by_distance(
+    path: PlotTarget,
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+) -> None:
+    """Draw values over distances, or positions, above 0 on a logarithmic axis.
+
+    ``curves`` maps a name to (distances, values), ``(n,)`` each.
+    """
+    figure = _create_figure(8, 4.4)
+    axes = figure.subplots()
+    _style_axes(axes, title, x_label, y_label)
+    for name, x, y, color, style in _enumerate_curves(curves, "distances", "values"):
+        axes.plot(x, y, color=color, linewidth=1.8, linestyle=style, marker="o", markersize=3.5, label=name)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(_format_count))
+    axes.xaxis.set_minor_locator(NullLocator())
+    if len(curves) > 1:
+        axes.legend(frameon=False, fontsize=8, labelcolor=TEXT_COLOR)
+    _save_figure(figure, path)
+
+
+def plot_confusion(path: PlotTarget, counts: ArrayLike, labels: Sequence[str], *, title: str = "Labels") -> None:
+    """Draw how often each label was predicted for each true one, in shades of its share.
+
+    ``counts`` is ``(n, n)``, true labels by predicted ones; up to 20 labels are named and counted.
+    """
+    matrix = np.asarray(counts, dtype=np.float64)
+    if matrix.shape != (len(labels), len(labels)) or not matrix.size:
+        raise MemtxError(f"A confusion matrix of {len(labels)} labels has the shape {matrix.shape}.")
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    size = 2.6 + 0.42 * min(len(labels), 20)
+    figure = _create_figure(size + 0.6, size)
+    axes = figure.subplots()
+    _style_axes(axes, title, "predicted", "true")
+    axes.grid(False)
+    axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0)
+    if len(labels) <= 20:
+        axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(labels)), labels, fontsize=8)
+        for (row, column), count in np.ndenumerate(matrix):
+            color = "white" if shares[row, column] > 0.5 else TEXT_COLOR
+            axes.text(column, row, f"{count:,.0f}", ha="center", va="center", fontsize=7, color=color)
     _save_figure(figure, path)
 
 

@@ -63,6 +63,7 @@ LIGHTNING_IMPORTERS = (
     "data/tasks/data_module.py",
     "data/episodes.py",
     "data/babilong.py",
+    "cli/config_reference.py",
     "cli/fit.py",
     "cli/lightning_cli.py",
     "cli/one_line_parser.py",

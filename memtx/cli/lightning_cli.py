@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
@@ -21,6 +22,7 @@ from lightning.pytorch.plugins import CheckpointIO
 from memtx import files
 from memtx.checkpoint import pretrained, recovery
 from memtx.checkpoint.training import AtomicCheckpointIO, BestCheckpoint, find_best_checkpoint
+from memtx.cli import ray_engine
 from memtx.cli.config import (
     CONFIG_FILE,
     DEFAULT_RUN_DIR,
@@ -31,11 +33,13 @@ from memtx.cli.config import (
 )
 from memtx.cli.one_line_parser import OneLineParser, to_memtx_error
 from memtx.cli.options import command_line, print_next_command
+from memtx.cli.overrides import expand_variables
 from memtx.data.books import BookDataModule
 from memtx.data.sources.corpus import PG19_HINT
 from memtx.data.tokenizers import tokenizer_from_json
 from memtx.errors import CheckpointError, DataError, MemtxError
 from memtx.ops.cpu.cpu_info import choose_precision
+from memtx.training import trackers
 from memtx.training.base_module import BaseModule
 from memtx.training.callbacks.defaults import adapt_options
 from memtx.training.callbacks.oom import is_out_of_memory
@@ -80,6 +84,12 @@ class MemtxCLI(LightningCLI):
             "--float32_matmul_precision", type=Literal["highest", "high", "medium"], default="high",
             help="Precision of float32 products on a GPU: 'highest' keeps 24 bits, 'high' rounds factors to TF32.",
         )  # fmt: skip
+        parser.add_argument(
+            "--engine", type=Literal["local", "ray"], default="local",
+            help="Engine of fit: 'ray' starts trainer.num_nodes x trainer.devices workers on a Ray cluster that shares "
+            "the files, and restarts them from the last checkpoint if one dies.",
+        )  # fmt: skip
+        parser.add_argument("--max_restarts", type=int, default=3, help="Restarts by engine 'ray' after a death.")
         parser.add_argument("--traceback", action="store_true", help="Also print the traceback of an error.")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         if not self.subclass_mode_data:
@@ -109,6 +119,7 @@ class MemtxCLI(LightningCLI):
         """Find the checkpoint, and refuse to overwrite a run, before any work."""
         self._checkpoint: dict[str, Any] | None = None
         config = self.config[self.subcommand]
+        config.run_dir = expand_variables(str(config.run_dir))
         if self.subcommand == "fit":
             self._check_data_config(config)
         run_dir, checkpoint = Path(config.run_dir), config.get("ckpt_path")
@@ -121,6 +132,8 @@ class MemtxCLI(LightningCLI):
             if checkpoint is None and any(checkpoint_dir.glob("*.ckpt")):
                 hint = "Resume it with --ckpt_path last, or give another folder with --run_dir."
                 raise MemtxError(f"'{run_dir}' already holds a run.", hint)
+            if config.engine == "ray":
+                raise SystemExit(ray_engine.fit_config([*sys.argv[1:], "--engine=local"], config))
             if checkpoint == "last":
                 self._resume_from_last(config, checkpoint_dir)
                 return
@@ -233,6 +246,8 @@ class MemtxCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        for logger in _to_list(config["logger"]):
+            trackers.separate_names(logger)
         interactive = sys.stderr.isatty() or sys.stdout.isatty()
         return super()._instantiate_trainer(adapt_options(config, callbacks, interactive), [])
 
@@ -328,7 +343,10 @@ class SaveConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             config = self.config.clone()
             config.ckpt_path, config.traceback = None, False
-            files.write_text(Path(config.run_dir) / CONFIG_FILE, self.parser.dump(config, skip_none=False))
+            text = self.parser.dump(config, skip_none=False)
+            files.write_text(Path(config.run_dir) / CONFIG_FILE, text)
+            for name, error in trackers.log_options(trainer.loggers, yaml.safe_load(text)).items():
+                _print_rank_zero(f"memtx: {name} did not take the options of the run: {error}\n")
 
 
 def get_launcher_kwargs(environment: Mapping[str, str]) -> dict[str, int]:

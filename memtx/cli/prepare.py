@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,10 @@ def _prepare(arguments: argparse.Namespace) -> None:
     try:
         folder = Path(arguments.output_dir).expanduser()
         settings: dict[str, Any] = {"num_workers": arguments.num_workers, "verify": True, "progress": show_progress}
+        if arguments.engine == "ray":
+            from memtx.cli import ray_engine
+
+            settings["run_jobs"] = partial(ray_engine.write_jobs, limit=arguments.num_workers or 0)
         corpus = tokenize_corpus(folder, source, tokenizer, **settings)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("finished shards are kept; run the same command to resume") from None
@@ -129,7 +134,9 @@ def main(argv: list[str]) -> int:
     for split in ("validation", "test"):
         text = f"fraction of documents for {split}; defaults to the source's own split, or 0.05"
         add(f"--{split}-fraction", type=float, metavar="FRACTION", help=text)
-    add("--num-workers", type=options.positive_int, metavar="N", help="number of processes; defaults to one per core")
+    add("--num-workers", type=options.positive_int, metavar="N", help="number of workers; defaults to one per core")
+    text = "local: processes of this machine; ray: tasks on a Ray cluster that shares the files (memtx[ray])"
+    add("--engine", choices=("local", "ray"), default="local", help=text)
     add("--hf-dataset", action="store_true", help="SOURCE is the name or folder of a dataset of the `datasets` library")
     add("--dataset-config", metavar="NAME", help="configuration of the dataset")
     add("--json", action="store_true", help="print the summary as JSON")

@@ -23,7 +23,7 @@ from typing import Any
 from memtx import files
 from memtx.data.shards import INDEX_NAME, REBUILD_HINT, ProgressCallback, TokenStore, metadata_path, write_index
 from memtx.data.sources.base import SPLITS, Corpus, CorpusManifest, Document, SourcePart, assign_split
-from memtx.data.tokenize import hash_lines, plan_jobs, write_jobs
+from memtx.data.tokenize import ShardJob, hash_lines, plan_jobs, write_jobs
 from memtx.data.tokenizers import Tokenizer, load_tokenizer
 from memtx.errors import DataError, MemtxError
 
@@ -33,6 +33,9 @@ MAX_TRAINING_BYTES = 256 << 20  # of text that a tokenizer is trained on; merges
 
 # Makes a progress callback from a description, the total bytes and those already done.
 ProgressFactory = Callable[[str, int, int], AbstractContextManager[ProgressCallback]]
+
+# Does jobs with a tokenizer, at most so many at a time, as write_jobs does.
+JobRunner = Callable[[Sequence[ShardJob], Tokenizer, int, ProgressCallback], None]
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +151,7 @@ def tokenize_corpus(
     num_workers: int | None = None,
     verify: bool = False,
     progress: ProgressFactory | None = None,
+    run_jobs: JobRunner = write_jobs,
 ) -> TokenizedCorpus:
     """Encode a source into a folder, or open the folder if that was done.
 
@@ -163,6 +167,7 @@ def tokenize_corpus(
         num_workers: Number of processes. None uses one per core.
         verify: If True, compare the checksums of existing shards, not only their sizes.
         progress: Shows the progress. Defaults to a bar on a terminal.
+        run_jobs: Does the jobs of the shards that are missing, in any order and processes.
     """
     path = Path(folder)
     if not manifest.splits:
@@ -171,7 +176,8 @@ def tokenize_corpus(
     with file_lock(path):
         if path.exists() and (corpus := _open_existing(path, fingerprint, verify)) is not None:
             return corpus
-        _build(path, manifest, tokenizer, fingerprint, num_workers or os.cpu_count() or 1, progress or progress_bar)
+        workers = num_workers or os.cpu_count() or 1
+        _build(path, manifest, tokenizer, fingerprint, workers, progress or progress_bar, run_jobs)
     return TokenizedCorpus(path)
 
 
@@ -202,6 +208,7 @@ def _build(
     fingerprint: str,
     num_workers: int,
     progress: ProgressFactory,
+    run_jobs: JobRunner,
 ) -> None:
     building = path.with_name(f".{path.name}.building")
     if path.exists():
@@ -216,7 +223,7 @@ def _build(
     remaining = [job for job in jobs if not job.is_complete]
     total, todo = (sum(part.size for job in group for part in job.parts) for group in (jobs, remaining))
     with progress(f"Encoding {manifest.name}", total, total - todo) as on_progress:
-        write_jobs(remaining, tokenizer, num_workers, on_progress)
+        run_jobs(remaining, tokenizer, num_workers, on_progress)
     shards = {
         split: [job.shard_path(split) for job in jobs if split in job.split_fractions] for split in manifest.splits
     }

@@ -28,6 +28,12 @@ from memtx.training.distillation.teacher_cache import make_task_keys
 from memtx.training.initial_model import load_initial_model
 
 
+def count_pairs(targets: Tensor, predicted: Tensor, num_labels: int) -> Tensor:
+    """Return how often each label, ``(n,)`` ids, was predicted for each target: ``(num_labels, num_labels)``."""
+    counts = torch.bincount(targets * num_labels + predicted, minlength=num_labels**2)
+    return counts.view(num_labels, num_labels)
+
+
 class TaskModule(BaseModule):
     """Trains a model on the examples of a task.
 
@@ -170,6 +176,7 @@ class ClassificationModule(TaskModule):
         targets = torch.tensor([label_id(item.example.label) for item in batch_examples.examples], device=self.device)
         for name in ("accuracy", "f1"):
             self.get_metric(stage, name).update(predicted, targets)
+        self.add_to_picture("confusion", count_pairs(targets, predicted, batch_examples.task.num_labels))
 
 
 class TaggingModule(TaskModule):
@@ -183,11 +190,14 @@ class TaggingModule(TaskModule):
 
     def update_metrics(self, stage: str, batch_examples: BatchExamples, predictions: Sequence[dict[str, Any]]) -> None:
         """Compare spans and tags."""
+        task = batch_examples.task
         for item, prediction in zip(batch_examples.examples, predictions, strict=True):
             predicted, targets = prediction["tags"], cast(TaggedExample, item.example).tags or ()
             self.get_metric(stage, "f1").update(extract_spans(predicted), extract_spans(targets))
             num_correct = sum(tag == target for tag, target in zip(predicted, targets, strict=True))
             self.get_metric(stage, "accuracy").update(num_correct / len(targets), len(targets))
+            true_ids, ids = torch.tensor([list(map(task.label_to_id, tags)) for tags in (targets, predicted)])
+            self.add_to_picture("confusion", count_pairs(true_ids, ids, task.num_labels))
 
 
 class QuestionAnsweringModule(TaskModule):

@@ -20,7 +20,7 @@ from memtx.training.carry import Carry, StateReset, restore_rank_state
 from memtx.training.compression_rates import CompressionRateSampler
 from memtx.training.distillation.language import TEACHER_STAGE, LanguageDistillation
 from memtx.training.lora import LoRA, freeze_base_model
-from memtx.training.metrics import LanguageMetrics, MemoryGain
+from memtx.training.metrics import LanguageMetrics, MemoryGain, sum_by_position
 from memtx.training.tbptt import UnrollOutput, unroll
 
 _SAVED_STAGES = {"carry": "train", "teacher": TEACHER_STAGE}
@@ -170,6 +170,8 @@ class LanguageModule(BaseModule):
         if stage == "val" and self.memory_gain is not None:
             is_first = batch_idx == 0 or not self.carries_state
             self.memory_gain.update(self.model, batch, output.nll, state, is_first=is_first)
+        if self.picture_sums is not None:
+            self.add_to_picture("position", sum_by_position(batch, output.nll, state))
         self.metrics.update_and_log(self, stage, batch, output.nll.sum(dtype=torch.float64), output.num_scored)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
