@@ -355,7 +355,10 @@ def plot_confusion(
     axes.grid(False)
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, shrink=0.7, label="share of the true class").outline.set_visible(False)
+    bar = figure.colorbar(image, ax=axes, shrink=0.7)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.tick_params(labelsize=8, colors=MUTED_COLOR, length=0)
+    bar.set_label("share of the true class", fontsize=9, color=MUTED_COLOR)
     for (line, column), count in np.ndenumerate(matrix):
         if count:
             color = "white" if share[line, column] > 0.5 else TEXT_COLOR

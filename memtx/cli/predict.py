@@ -39,7 +39,8 @@ class _Lines:
     def __init__(self, file: IO[bytes], path: str) -> None:
         self.num_bytes = 0
         first_lines: list[bytes] = []
-        for line in file:
+        lines = iter(file)
+        for line in lines:
             first_lines.append(line)
             if line.strip():
                 break
@@ -47,7 +48,7 @@ class _Lines:
         if path.endswith(".json") and start.startswith(b"["):
             raise DataError(f"'{path}' is a JSON array.", "Give one JSON object a line.")
         self.are_records = path.endswith(LINE_SUFFIXES) or start.startswith(b"{")
-        self._lines = chain(first_lines, file)
+        self._lines = chain(first_lines, lines)
 
     def __iter__(self) -> Iterator[bytes]:
         for line in self._lines:
