@@ -55,7 +55,7 @@ class MultipleChoiceModule(TaskModule):
     def update_metrics(self, stage: str, batch_examples: BatchExamples, predictions: Sequence[dict[str, Any]]) -> None:
         """Compare choices."""
         for item, prediction in zip(batch_examples.examples, predictions, strict=True):
-            self.get_metric(stage, "accuracy").update(float(prediction["index"] == item.example.label))
+            self.get_metric(stage, "accuracy").update(float(prediction["label"] == item.example.label))
 
 
 class RetrievalModule(TaskModule):

@@ -88,13 +88,13 @@ class MultipleChoice(Task):
         return windows
 
     def postprocess(self, prepared: PreparedExample, logits: Sequence[Logits]) -> dict[str, Any]:
-        """Return ``choice``, its ``index``, its probability ``score``, and the probabilities of all as ``scores``."""
+        """Return ``choice``, its index ``label``, its probability ``score``, and the probabilities of all as ``scores``."""
         example: ChoiceExample = prepared.example
         values = np.array([float(value[0]) for value in mean_by_part(prepared, logits)])
         probabilities = np.exp(values - values.max())
         scores = [round(float(value), 6) for value in probabilities / probabilities.sum()]
         best = int(values.argmax())
-        return {"choice": example.choices[best], "index": best, "score": scores[best], "scores": scores}
+        return {"choice": example.choices[best], "label": best, "score": scores[best], "scores": scores}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the kind and the constructor's arguments as JSON values."""
