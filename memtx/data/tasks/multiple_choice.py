@@ -88,7 +88,7 @@ class MultipleChoice(Task):
         return windows
 
     def postprocess(self, prepared: PreparedExample, logits: Sequence[Logits]) -> dict[str, Any]:
-        """Return ``choice``, its index ``label``, its probability ``score``, and the probabilities of all as ``scores``."""
+        """Return ``choice``, its index ``label``, its probability ``score``, and the ``scores`` of all choices."""
         example: ChoiceExample = prepared.example
         values = np.array([float(value[0]) for value in mean_by_part(prepared, logits)])
         probabilities = np.exp(values - values.max())
