@@ -207,6 +207,11 @@ def build_inputs(
     return ids, (positions >= len(first_ids) + 1 + num_separators).astype(np.int64), positions == 0
 
 
+def keep_newest(ids: IntArray, limit: int) -> IntArray:
+    """Return the first token, which is special, and the last ``limit - 1``."""
+    return np.concatenate([ids[:1], ids[len(ids) - limit + 1 :]])
+
+
 def mean_by_part(prepared: PreparedExample, logits: Sequence[Logits]) -> list[Logits]:
     """Return the mean of the windows' logits for each part of an example, in order."""
     parts = np.array([window.part for window in prepared.windows])

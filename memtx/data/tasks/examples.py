@@ -157,14 +157,19 @@ class SummaryExample:
 
     text: str
     summary: str | None = None
-    output_name: str = "summary"  # of the generated text in a prediction
+    is_dialogue: bool = False
+
+    @property
+    def output_name(self) -> str:
+        """Name of the generated text in a prediction."""
+        return "response" if self.is_dialogue else "summary"
 
     @classmethod
     def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
         """Return the example of a record, a dialogue if it has turns; raises DataError."""
         if has_turns(record):
             turns, response = parse_dialogue(record, labelled)
-            return cls(format_turns(turns), response, "response")
+            return cls(format_turns(turns), response, True)
         summary = get_text(record, "summary") if labelled or record.get("summary") is not None else None
         return cls(get_text(record, "text"), summary)
 
