@@ -1,4 +1,4 @@
-"""Plots as PNG files: surprisal along a book, loss curves, accuracy by distance, comparisons of models and seeds.
+"""Plots as PNG files: surprisal, loss curves, accuracy by distance, comparisons of models and seeds, confusion.
 
 Every function writes its file atomically, and raises MemtxError for empty columns, columns of unequal length, or a file
 that cannot be written. Figures are created without pyplot, whose global state is not thread-safe.
@@ -29,6 +29,7 @@ PALETTE = (BLUE, ORANGE, "#2f855a", "#805ad5", "#b7791f", "#c53030")
 DASHED = (0, (4, 3))
 OFFSET_LABEL: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8}
 DPI = 150
+MAX_CONFUSION_CLASSES = 30
 
 FloatArray = NDArray[np.float64]
 PlotTarget = str | os.PathLike[str] | io.BytesIO
@@ -374,4 +375,49 @@ def plot_intervals(
         axes.set_yticks(range(len(intervals)), list(intervals)[::-1], fontsize=8, color=TEXT_COLOR)
         axes.set_ylim(-0.6, len(intervals) - 0.4)
         axes.tick_params(labelbottom=True)
+    _save_figure(figure, path)
+
+
+def plot_confusion(
+    path: str | os.PathLike[str], labels: Sequence[str], counts: ArrayLike, *, title: str = "Confusion"
+) -> None:
+    """Draw a confusion matrix: a line for each true class, a column for each predicted one.
+
+    Cells have their count, and a color by their share of the line. Of many classes the rarer ones become "other".
+
+    Args:
+        path: PNG file to write.
+        labels: Names of the classes.
+        counts: ``(classes, classes)`` counts of examples by true class and predicted class.
+        title: Title of the plot.
+    """
+    matrix = np.asarray(counts, dtype=np.float64)
+    if not len(labels) or matrix.shape != (len(labels), len(labels)) or not np.isfinite(matrix).all():
+        raise MemtxError(f"A confusion matrix of {len(labels)} classes has the shape {matrix.shape}.")
+    names = [label if len(label) <= 24 else f"{label[:22]}..." for label in labels]
+    if len(names) > MAX_CONFUSION_CLASSES:
+        order = np.argsort(-(matrix.sum(0) + matrix.sum(1)), kind="stable")
+        index = np.minimum(np.argsort(order, kind="stable"), MAX_CONFUSION_CLASSES - 1)
+        joined = np.zeros((MAX_CONFUSION_CLASSES, MAX_CONFUSION_CLASSES))
+        np.add.at(joined, (index[:, None], index[None, :]), matrix)
+        names, matrix = [names[entry] for entry in order[: MAX_CONFUSION_CLASSES - 1]] + ["other"], joined
+    size = 2.6 + 0.42 * len(names)
+    figure = _create_figure(max(size + 0.8, 4.5), max(size, 3.6))
+    axes = figure.subplots()
+    _style_axes(axes, title, "predicted", "true")
+    axes.grid(False)
+    share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    bar = figure.colorbar(image, ax=axes, shrink=0.7)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.tick_params(labelsize=8, colors=MUTED_COLOR, length=0)
+    bar.set_label("share of the true class", fontsize=9, color=MUTED_COLOR)
+    for (line, column), count in np.ndenumerate(matrix):
+        if count:
+            color = "white" if share[line, column] > 0.5 else TEXT_COLOR
+            style: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 7 if count < 10_000 else 5}
+            axes.text(column, line, f"{count:,.0f}" if count < 100_000 else _format_count(count), color=color, **style)
+    is_long = max(map(len, names)) > 4
+    axes.set_xticks(range(len(names)), names, rotation=90 if is_long and len(names) > 3 else 0)
+    axes.set_yticks(range(len(names)), names)
     _save_figure(figure, path)

@@ -23,6 +23,7 @@ from memtx import files
 from memtx.checkpoint import pretrained, recovery
 from memtx.checkpoint.training import AtomicCheckpointIO, BestCheckpoint, find_best_checkpoint
 from memtx.cli import ray_engine
+from memtx.cli.class_report import write_class_report
 from memtx.cli.config import (
     CONFIG_FILE,
     DEFAULT_RUN_DIR,
@@ -271,12 +272,18 @@ class MemtxCLI(LightningCLI):
     def after_validate(self) -> None:
         """Print the command that tests the run."""
         if self.trainer.is_global_zero:
+            self._write_class_report()
             print_next_command("Test it with", "test", *self._checkpoint_options())
 
     def after_test(self) -> None:
         """Print a command that uses the model."""
         if self.trainer.is_global_zero:
+            self._write_class_report()
             self._print_use()
+
+    def _write_class_report(self) -> None:
+        folder = Path(self.config[self.subcommand].run_dir) / str(self.subcommand)
+        write_class_report(getattr(self.model, "report", None), folder)
 
     def _checkpoint_options(self) -> list[str]:
         checkpoints = get_option_values(sys.argv[1:], "--ckpt_path")

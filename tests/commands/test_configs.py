@@ -29,7 +29,9 @@ PRETRAINING = {"longformer-mlm", "bigbird-mlm", "reformer-clm", "distilbert"}
 PRETRAINING |= {"tinybert-general", "tinybert-general-long"}
 SYNTHETIC = {"recall"}
 TASKS = {"movie-reviews": "classification", "conll2000": "tagging", "rte": "matching", "squad2": "questions"}
-SUMMARIES = {"summaries", "led-summaries"}
+TASKS |= {"multiple-choice": "multiple_choice", "multi-label": "multi_label"}
+TASKS |= {name: name for name in ("retrieval", "dialogue")}
+SUMMARIES = {"summaries", "led-summaries", "dialogue-replies"}
 BACKBONES = {*TASKS, "tinybert-task"}
 """Configs of tasks, whose model is a backbone with a head; those with a teacher are trained in test_distil."""
 
@@ -298,7 +300,8 @@ def test_prediction_needs_only_the_run_of_a_task(program: Program, tmp_path: Pat
     result = program("predict", "--checkpoint", run, "--input", "in.jsonl", cwd=tmp_path)
     assert result.code == 0, result.err
     lines = [json.loads(line) for line in result.out.splitlines()]
-    key = {"classification": "label", "matching": "label", "tagging": "spans", "questions": "answer"}[kind]
+    keys = {"tagging": "spans", "questions": "answer", "multi_label": "labels", "multiple_choice": "choice"}
+    key = {**keys, "retrieval": "best"}.get(kind, "label")
     assert len(lines) == 3
     assert all(key in line for line in lines)
 
