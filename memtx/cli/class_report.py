@@ -9,7 +9,7 @@ from typing import Any
 from memtx import files
 from memtx.cli.options import print_table
 from memtx.errors import MemtxError
-from memtx.plots import plot_confusion
+from memtx.task_plots import plot_confusion
 
 MAX_PRINTED_CLASSES = 50
 

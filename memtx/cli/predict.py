@@ -79,6 +79,18 @@ def _check_inputs(predictor: BasePredictor, inputs: Iterable[Input]) -> None:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
+    from memtx.inference.series import is_series_model
+
+    if is_series_model(arguments.checkpoint):
+        from memtx.cli.predict_series import predict_series
+
+        if arguments.resume:
+            raise MemtxError("--resume does not apply to a series.", "Remove --resume.")
+        predict_series(arguments)
+        return
+    for name in ("forecast", "plot"):
+        if getattr(arguments, name) is not None:
+            raise MemtxError(f"--{name} is for models of series.", f"Remove --{name}.")
     sources = [source for source in (arguments.source, arguments.input, arguments.text) if source is not None]
     if len(sources) != 1:
         raise MemtxError("Expected one source of texts.", "Give --text, --input FILE, or - for standard input.")
@@ -171,7 +183,8 @@ def main(argv: list[str]) -> int:
         "memtx predict",
         "Print the predictions of a task model as JSON lines with labels, tags and spans, answers, choices, vectors or "
         "texts, and their probabilities. Input of any size is read line by line. With --run_dir or --ckpt_path of a "
-        "language model, read the test texts of that run and write the surprisal of every token to the run folder.",
+        "language model, read the test texts of that run and write the surprisal of every token to the run folder. "
+        "With a model of series, FILE is a CSV file or a NumPy array; - reads CSV lines as they come.",
     )
     add = parser.add_argument
     add("source", nargs="?", metavar="FILE", help="same as --input; - reads standard input")
@@ -181,4 +194,6 @@ def main(argv: list[str]) -> int:
     text = "file to write the lines to instead of stdout; FILE.partial until all are written"
     add("--output", type=options.output_path, metavar="FILE", help=text)
     add("--resume", action="store_true", help="continue FILE.partial of an interrupted run with the same input")
+    add("--forecast", type=options.positive_int, metavar="N", help="of a series: steps to continue it after its end")
+    add("--plot", type=options.output_path, metavar="PNG", help="of a series: plot it with its predictions")
     return parser.run(argv, _predict)

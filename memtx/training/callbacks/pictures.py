@@ -66,7 +66,7 @@ class ValidationPictures(pl.Callback):
             pl_module.picture_sums = None
 
     def _draw(self, trainer: pl.Trainer, sums: dict[str, Tensor]) -> dict[str, bytes]:
-        from memtx import plots
+        from memtx import plots, task_plots
 
         pictures: dict[str, bytes] = {}
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -86,7 +86,7 @@ class ValidationPictures(pl.Callback):
             labels = getattr(getattr(trainer, "datamodule", None), "task", None)
             names = list(getattr(labels, "labels", ())) or [str(index) for index in range(len(sums["confusion"]))]
             pictures["confusion"] = _render(
-                plots.plot_confusion, sums["confusion"].tolist(), names, title=f"Labels, {title}"
+                task_plots.plot_confusion, names, sums["confusion"].tolist(), title=f"Labels, {title}"
             )
         for name, value in metrics.items():
             if match := _RMS.fullmatch(name):
