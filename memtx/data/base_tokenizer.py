@@ -76,10 +76,12 @@ class Tokenizer(ABC):
 
     Attributes:
         eos_token_ids: Ids at which a generated text ends; empty if the model was not trained to end a text.
+        stop_strings: Strings at which a generated text ends, as its folder asks for.
         trains_on_all_texts: If True, training needs all training texts; otherwise a sample of them is enough.
     """
 
     eos_token_ids: frozenset[int] = frozenset()
+    stop_strings: tuple[str, ...] = ()
     trains_on_all_texts: bool = False
 
     @property
