@@ -124,13 +124,13 @@ def test_every_published_config_has_a_table() -> None:
 
 @pytest.mark.parametrize("name", TABLE)
 def test_hyperparameters_are_those_of_the_paper(name: str) -> None:
-    for path, (value, place) in TABLE[name].items():
+    for path, (value, reference) in TABLE[name].items():
         config_value = find_value(name, path)
         if path == "parameters":
             # Within the digits that papers give.
-            assert math.isclose(config_value, value, rel_tol=0.01), (path, config_value, place)
+            assert math.isclose(config_value, value, rel_tol=0.01), (path, config_value, reference)
         else:
-            assert config_value == value, (path, config_value, place)
+            assert config_value == value, (path, config_value, reference)
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -62,7 +62,8 @@ class LanguageModule(BaseModule):
             cache than it is trained with; see :func:`memtx.models.memory_length.set_memory_length`. None keeps the
             model's.
         clamp: Largest distance that a Transformer-XL tells apart in validation and tests. None keeps the model's.
-        same_length: Whether every query sees equally many positions in validation and tests. None keeps the model's.
+        same_length: If True, every query sees equally many positions in validation and tests. None keeps the model's
+            setting.
         **options: ``optimizer``, ``scheduler``, ``gate_lr_multiplier`` and ``distillation`` of :class:`BaseModule`.
 
     Raises:
