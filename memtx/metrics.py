@@ -91,6 +91,16 @@ class BitsPerCharacter(BitsPerByte):
     unit = "characters"
 
 
+class Perplexity(_NllPerUnit):
+    """``exp(nll / tokens)``: the measure of benchmarks with a vocabulary of words, line ends included."""
+
+    unit = "tokens"
+
+    def compute(self) -> Tensor:
+        """Return the perplexity, ``()`` float64; NaN without tokens."""
+        return (self.nll / self.units).exp()
+
+
 class WordPerplexity(_NllPerUnit):
     """``exp(nll / words of the raw text)``, PG-19's measure (Rae et al. 2019, section 4.1).
 

@@ -66,6 +66,7 @@ def format_count(value: float, _: object = None) -> str:
 
 
 def save_figure(figure: Figure, path: PlotTarget) -> None:
+    """Write a figure as PNG, a file atomically; raises MemtxError if it cannot be written."""
     content = path if isinstance(path, io.BytesIO) else io.BytesIO()
     figure.savefig(content, format="png")
     if isinstance(path, io.BytesIO):
@@ -75,6 +76,7 @@ def save_figure(figure: Figure, path: PlotTarget) -> None:
 
 
 def as_equal_columns(**columns: ArrayLike) -> list[FloatArray]:
+    """Return columns as float64; raises MemtxError unless they have one length, at least 1."""
     arrays = [np.asarray(column, dtype=np.float64) for column in columns.values()]
     if len({array.shape for array in arrays}) != 1 or arrays[0].ndim != 1 or not arrays[0].size:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in zip(columns, arrays, strict=True))

@@ -41,16 +41,22 @@ def _build_text_source(arguments: argparse.Namespace) -> TextSource:
     return HubDataset(arguments.source[0], arguments.dataset_config, **settings)
 
 
-def _build_tokenizer(name: str) -> Tokenizer:
-    from memtx.data.tokenizers import BytePairTokenizer, ByteTokenizer, load_tokenizer
+def _build_tokenizer(arguments: argparse.Namespace) -> Tokenizer:
+    from memtx.data.tokenizers import BytePairTokenizer, ByteTokenizer, WordTokenizer, load_tokenizer
 
+    name, words = arguments.tokenizer, {"min_freq": arguments.min_freq, "lower_case": arguments.lower_case}
+    if name == "word":
+        return WordTokenizer(arguments.max_words, arguments.vocab_file, **words)
+    if arguments.vocab_file or arguments.max_words or words != {"min_freq": 1, "lower_case": False}:
+        message = f"--vocab-file, --max-words, --min-freq and --lower-case do not apply to --tokenizer {name}."
+        raise DataError(message, "Remove them, or give --tokenizer word.")
     if name == "byte":
         return ByteTokenizer()
     if name.isdecimal():
         return BytePairTokenizer(int(name))
     path = Path(name)
     if not path.exists():
-        hint = "Give byte, a vocabulary size, or the path of a tokenizer."
+        hint = "Give byte, word, a vocabulary size, or the path of a tokenizer."
         raise DataError(f"The tokenizer '{name}' does not exist.", hint)
     return load_tokenizer(path)
 
@@ -95,7 +101,7 @@ def _print_summary(corpus: TokenizedCorpus, notes: list[str], seconds: float, as
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    tokenizer = _build_tokenizer(arguments.tokenizer)
+    tokenizer = _build_tokenizer(arguments)
     start = time.monotonic()
     source = _build_text_source(arguments).scan()
     from memtx.data.sources.splits import SPLIT_HINT
@@ -128,7 +134,12 @@ def main(argv: list[str]) -> int:
     text = "folders, files, patterns or URLs of texts (.txt, .md), JSON, CSV and Parquet, also compressed"
     add("source", nargs="+", metavar="SOURCE", help=text)
     add("--output-dir", required=True, metavar="FOLDER", help="folder to create")
-    add("--tokenizer", default="byte", metavar="T", help="byte, a vocabulary size to train BPE, or a tokenizer.json")
+    text = "byte, word, a vocabulary size to train BPE, or a tokenizer.json"
+    add("--tokenizer", default="byte", metavar="T", help=text)
+    add("--vocab-file", metavar="FILE", help="vocabulary of --tokenizer word, a word per line; default: all words")
+    add("--max-words", type=options.positive_int, metavar="N", help="size of the vocabulary of --tokenizer word")
+    add("--min-freq", type=options.positive_int, default=1, metavar="N", help="leave out rarer words (default: 1)")
+    add("--lower-case", action="store_true", help="words in lower case")
     add("--text-column", default="text", help="table column of the texts")
     add("--id-column", metavar="COLUMN", help="table column of the document ids")
     for split in ("validation", "test"):

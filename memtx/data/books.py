@@ -99,7 +99,9 @@ class BookDataModule(PinnedTransfer, LightningDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Vocabulary size; known before any text is read."""
+        """Vocabulary size; known before any text is read, except that of a tokenizer that keeps all words."""
+        if not self.tokenizer.knows_vocab_size:
+            self._train_tokenizer()
         return self.tokenizer.vocab_size
 
     @property

@@ -86,11 +86,11 @@ class TokenizedCorpus:
         if requested.is_trained:
             matches = requested.fingerprint == tokenizer.fingerprint
         else:
-            matches = type(requested) is type(tokenizer) and requested.vocab_size == tokenizer.vocab_size
+            matches = type(requested) is type(tokenizer) and requested.training_options == tokenizer.training_options
         if not matches:
             raise DataError(
                 f"'{self.folder}' was prepared with a {type(tokenizer).__name__} of {tokenizer.vocab_size} tokens, "
-                f"which is not the {type(requested).__name__} of {requested.vocab_size} requested.",
+                f"which is not the {type(requested).__name__} of {requested.training_options} requested.",
                 "Remove the option tokenizer, or prepare the texts with the other one.",
             )
         return tokenizer
@@ -115,7 +115,8 @@ def is_tokenized_corpus(folder: str | os.PathLike[str]) -> bool:
 
 def compute_fingerprint(manifest: CorpusManifest, tokenizer: Tokenizer) -> str:
     """Return the SHA-256 of the parts' cache keys and of the tokenizer, or of how it is to be trained."""
-    name = tokenizer.fingerprint if tokenizer.is_trained else f"{type(tokenizer).__qualname__} {tokenizer.vocab_size}"
+    options = f"{type(tokenizer).__qualname__} {tokenizer.training_options}" if not tokenizer.is_trained else ""
+    name = options or tokenizer.fingerprint
     parts = (f"{part.cache_key} {dict(split_fractions)}" for part, split_fractions in manifest.iter_parts())
     return hash_lines(str(FORMAT_VERSION), name, *parts)
 
@@ -276,7 +277,7 @@ def train_tokenizer(tokenizer: Tokenizer, manifest: CorpusManifest, folder: Path
     kind = type(tokenizer)
     if "train" not in manifest.splits:
         raise DataError(f"'{manifest.name}' has no split 'train' to train a tokenizer on.", "Give a trained tokenizer.")
-    name = f"{kind.__module__}.{kind.__qualname__} {tokenizer.vocab_size}"
+    name = f"{kind.__module__}.{kind.__qualname__} {tokenizer.training_options}"
     fingerprint = hash_lines(name, *(part.cache_key for part, _ in _training_parts(manifest)))
     path = folder / f"tokenizer-{fingerprint[:16]}.json"
     with file_lock(path):
@@ -285,7 +286,9 @@ def train_tokenizer(tokenizer: Tokenizer, manifest: CorpusManifest, folder: Path
                 return load_tokenizer(path)
             except DataError:
                 path.unlink()  # damaged; training gives the same again
-        tokenizer.train(_sample_texts(manifest))
+        tokenizer.train_documents(
+            _training_texts(manifest, None if tokenizer.trains_on_all_texts else MAX_TRAINING_BYTES)
+        )
         tokenizer.save(path)
     return tokenizer
 
@@ -294,20 +297,26 @@ def _training_parts(manifest: CorpusManifest) -> list[tuple[SourcePart, Mapping[
     return [(part, fractions) for part, fractions in manifest.iter_parts() if fractions.get("train")]
 
 
-def _sample_texts(manifest: CorpusManifest) -> Iterator[str]:
-    """Yield whole training texts spread evenly over the parts, up to ``MAX_TRAINING_BYTES``."""
+def _training_texts(manifest: CorpusManifest, max_bytes: int | None) -> Iterator[Iterator[str]]:
+    """Yield whole training texts, each in portions: all, or up to ``max_bytes`` spread evenly over the parts."""
     parts = _training_parts(manifest)
-    stride = -(-sum(part.size for part, _ in parts) // MAX_TRAINING_BYTES)
-    remaining = MAX_TRAINING_BYTES
+    stride = -(-sum(part.size for part, _ in parts) // max_bytes) if max_bytes is not None else 1
+    remaining = float("inf") if max_bytes is None else max_bytes
+
+    def count(texts: Iterator[str]) -> Iterator[str]:
+        nonlocal remaining
+        for text in texts:
+            yield text
+            remaining -= len(text)
+            if remaining <= 0:
+                return
+
     for part, split_fractions in parts[:: max(1, stride)]:
         for document in part.iter_documents():
-            if assign_split(document.id, split_fractions) != "train":
-                continue
-            for text in document.iter_text():
-                yield text
-                remaining -= len(text)
-                if remaining <= 0:
-                    return
+            if assign_split(document.id, split_fractions) == "train":
+                yield count(document.iter_text())
+            if remaining <= 0:
+                return
 
 
 @contextlib.contextmanager

@@ -69,6 +69,15 @@ class RecurrentMemory(Memory[RecurrentState]):
         self.near_window, self.entry_bias = near_window, entry_bias
         self.has_bank = near_window is not None
         self.trained_length = trained_length
+        self.set_window(window, same_length)
+
+    @property
+    def is_resizable(self) -> bool:
+        """True if nothing but the cache depends on the window."""
+        return self.near_window is None
+
+    def set_window(self, window: int, same_length: bool) -> None:
+        """Set the exact positions visible; states of another window no longer fit."""
         self.window = window
         self.same_length = same_length
         self.depends_on_segmentation = not same_length

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torchmetrics import MeanMetric, Metric
 
 from memtx.data.batch import IGNORE_INDEX, Batch
-from memtx.metrics import BitsPerByte, BitsPerCharacter, WordPerplexity
+from memtx.metrics import BitsPerByte, BitsPerCharacter, Perplexity, WordPerplexity
 from memtx.models.recurrent_lm import RecurrentLanguageModel
 from memtx.models.sources import hide_sources
 from memtx.segment import Segment
@@ -65,6 +65,7 @@ class LanguageMetrics(nn.ModuleDict):
             "bits_per_byte": BitsPerByte,
             "bits_per_character": BitsPerCharacter,
             "word_perplexity": WordPerplexity,
+            "perplexity": Perplexity,
             "loss": MeanMetric,
         }
         super().__init__({f"{stage}_{name}": make() for stage in ("val", "test") for name, make in classes.items()})
@@ -87,9 +88,10 @@ class LanguageMetrics(nn.ModuleDict):
         self._get_metric(stage, "word_perplexity").update(nll_sum, batch.num_words.sum(), batch.num_bytes.sum())
         num_chars = batch.num_bytes.sum() * self._characters_per_byte(module, batch.labels)
         self._get_metric(stage, "bits_per_character").update(nll_sum, num_chars)
+        self._get_metric(stage, "perplexity").update(nll_sum, num_scored)
         self._get_metric(stage, "loss").update(nll_sum / num_scored.clamp(min=1), num_scored)
         # On every rank, whatever it scored: the others would wait forever for a rank that logs nothing.
-        for name in ("bits_per_byte", "bits_per_character", "loss"):
+        for name in ("bits_per_byte", "bits_per_character", "perplexity", "loss"):
             metric, batch_size = self._get_metric(stage, name), batch.tokens.shape[0]
             show = name == "bits_per_byte"
             module.log(f"{stage}_{name}", metric, prog_bar=show, on_step=False, on_epoch=True, batch_size=batch_size)
