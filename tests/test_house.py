@@ -31,6 +31,7 @@ ROWS = [
     ("models",),
     ("hf",),
     ("checkpoint.load", "checkpoint.convert"),
+    ("export",),
     ("checkpoint.training", "checkpoint.async_io", "checkpoint.trainer_state", "checkpoint.whole_step"),
     ("training", "inference"),
     ("serving", "evaluation"),
@@ -48,6 +49,7 @@ IMPORTERS_OF_DATA = {
     "cli",
     "checkpoint.load",
     "checkpoint.convert",
+    "export",
 }
 FORBIDDEN = {("serving", "training"), ("training", "inference")}
 # Importing Lightning takes seconds, so only these files do.
