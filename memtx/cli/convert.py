@@ -49,7 +49,7 @@ def _export(arguments: argparse.Namespace) -> None:
         message = f"--layout is given with --to {arguments.to}, which has a layout of its own."
         raise MemtxError(message, "Remove --layout.")
     with options.user_modules(arguments.modules):
-        from memtx.export.folder import export_folder
+        from memtx.export.bundle import export_folder
 
         names = ("segment_length", "batch_size", "window", "overwrite")
         export_options = {name: getattr(arguments, name) for name in names}

@@ -114,9 +114,9 @@ class AdaptiveEmbedding(nn.Module):
             x = self.projections[0].new_zeros(*tokens.shape, self.dim)
             for cluster, (low, high) in enumerate(self.clusters.bounds):
                 # All tokens in every cluster, so that shapes do not depend on the tokens: lookups are cheap.
-                rows = self.tables[cluster]((tokens - low).clamp(0, high - low - 1))
+                embedded = self.tables[cluster]((tokens - low).clamp(0, high - low - 1))
                 is_inside = ((tokens >= low) & (tokens < high))[..., None]
-                x = torch.where(is_inside, linear(rows, self.projections[cluster]), x)
+                x = torch.where(is_inside, linear(embedded, self.projections[cluster]), x)
         x = x * self.dim**0.5
         return x
 

@@ -22,10 +22,7 @@ from tests.export.models import max_difference, model_of
 from tests.memory_zoo import KINDS
 from tests.third_party_memory import RunningMean
 
-FAST = [
-    ("compressed-convolution", "associative-gated", "copy"),
-    ("gated-delta-net", "slots", "sinks-with-positions"),
-]
+FAST = [("compressed-convolution", "associative-gated", "copy"), ("gated-delta-net", "slots", "sinks-with-positions")]
 REST = [kind for kind in KINDS if kind not in {*FAST[0], *FAST[1], "tokens", "ernie-doc"}]
 SLOW = [tuple(REST[start : start + 4]) for start in range(0, len(REST), 4)]
 
@@ -34,8 +31,8 @@ SLOW = [tuple(REST[start : start + 4]) for start in range(0, len(REST), 4)]
 def test_program_equals_the_model(kinds: tuple[str, ...]) -> None:
     model = model_of(*kinds)
     program = export_step(model, 8, batch_size=2)
-    # float32: kernels of the CPU, which no program holds, sum in another order.
-    assert max_difference(program.module(), model, 8) < 1e-5
+    # float32: kernels of the CPU, which no program holds, sum in another order, and some states are near 100.
+    assert max_difference(program.module(), model, 8) < 1e-4
 
 
 def test_program_is_saved_and_loaded(tmp_path: Path) -> None:
@@ -112,7 +109,9 @@ def test_decompositions_equal_the_operators() -> None:
     argsort = ONNX_DECOMPOSITIONS[aten.argsort.stable]
     order = torch.stack([torch.randperm(9) for _ in range(3)])
     assert torch.equal(argsort(order, stable=True, dim=1), order.argsort(dim=1))
-    assert torch.equal(argsort(order.int(), stable=True, dim=-1, descending=True), order.argsort(dim=1, descending=True))
+    assert torch.equal(
+        argsort(order.int(), stable=True, dim=-1, descending=True), order.argsort(dim=1, descending=True)
+    )
 
 
 @pytest.mark.parametrize("size", [1, 5, 32])

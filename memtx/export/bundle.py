@@ -88,7 +88,7 @@ def export_folder(
         else:
             _save_programs(programs, folder)
         if tokenizer is not None:
-            files.write_text(folder / TOKENIZER_FILE, _library_json(tokenizer))
+            files.write_text(folder / TOKENIZER_FILE, library_json(tokenizer))
             for name in COPIED_FILES:
                 if (path / name).is_file():
                     shutil.copyfile(path / name, folder / name)
@@ -158,7 +158,7 @@ def _find_tokenizer(checkpoint: LoadedCheckpoint) -> Tokenizer | None:
         return None
 
 
-def _library_json(tokenizer: Tokenizer) -> str:
+def library_json(tokenizer: Tokenizer) -> str:
     """Return a tokenizer as the ``tokenizer.json`` of the tokenizers library."""
     if not isinstance(tokenizer, ByteTokenizer):
         return json.dumps(json.loads(tokenizer.to_json())["model"], ensure_ascii=False)
