@@ -50,12 +50,12 @@ def main() -> None:
         path = str(arguments.folder / program["file"])
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         length = program["length"]
-        generator, starts = np.random.default_rng(0), np.zeros((batch_size, length), dtype=bool)
+        generator, document_starts = np.random.default_rng(0), np.zeros((batch_size, length), dtype=bool)
         arrays = {entry["name"]: np.zeros(entry["shape"], dtype=entry["dtype"]) for entry in description["inputs"][2:]}
         state, times, difference = model.init_state(batch_size), [], 0.0
         for _ in range(arguments.rounds + 1):
             tokens = generator.integers(0, vocab_size, (batch_size, length))
-            feeds = {"tokens": tokens, "document_starts": starts, **arrays}
+            feeds = {"tokens": tokens, "document_starts": document_starts, **arrays}
             with torch.inference_mode():
                 eager, output = timed(lambda tokens=tokens, state=state: model(torch.from_numpy(tokens), state))
             exported, (logits, *leaves) = timed(lambda session=session, feeds=feeds: session.run(None, feeds))
