@@ -21,6 +21,9 @@ def _convert(arguments: argparse.Namespace) -> None:
     if arguments.to in EXPORT_FORMATS:
         _export(arguments)
         return
+    if arguments.to == "hf":
+        _convert_to_hf(arguments)
+        return
     with options.user_modules(arguments.modules):
         from memtx.checkpoint.convert import convert
 
@@ -51,13 +54,44 @@ def _export(arguments: argparse.Namespace) -> None:
     with options.user_modules(arguments.modules):
         from memtx.export.bundle import export_folder
 
-        names = ("segment_length", "batch_size", "window", "overwrite")
-        export_options = {name: getattr(arguments, name) for name in names}
-        result = export_folder(arguments.source, arguments.target, format=arguments.to, **export_options)
+        result = export_folder(
+            arguments.source,
+            arguments.target,
+            format=arguments.to,
+            segment_length=arguments.segment_length or 512,
+            batch_size=arguments.batch_size,
+            window=arguments.window,
+            overwrite=arguments.overwrite,
+        )
     sizes = ", ".join(f"{name} ({size / 1e6:,.1f} MB)" for name, size in result.num_bytes.items())
     model = f"{result.model_class} with {result.num_parameters:,} parameters in float32"
     state = f"a stream's state takes {result.state_bytes / 1e6:,.1f} MB"
     sys.stdout.write(f"'{arguments.target}': {model}, from {result.source}; {state}. Files: {sizes}.\n")
+
+
+def _convert_to_hf(arguments: argparse.Namespace) -> None:
+    """Write a language model for transformers and, if asked to, upload it."""
+    if arguments.layout is not None:
+        raise MemtxError("--layout is given with --to hf, which has a layout of its own.", "Remove --layout.")
+    with options.user_modules(arguments.modules):
+        from memtx.checkpoint import hub
+        from memtx.checkpoint.hf_export import export_checkpoint
+
+        summary = export_checkpoint(
+            arguments.source,
+            arguments.target,
+            window=arguments.window,
+            segment_length=arguments.segment_length,
+            overwrite=arguments.overwrite,
+            name=arguments.push_to_hub,
+        )
+        message = f"'{arguments.target}': {summary.model_class} with {summary.num_parameters:,} parameters, and "
+        sys.stdout.write(f"{message}{', '.join(summary.extra_files)}; from {summary.source}.\n")
+        if arguments.push_to_hub is not None:
+            sys.stdout.write(f"Uploaded: {hub.upload(arguments.target, arguments.push_to_hub)}\n")
+    sys.stdout.write(
+        f"Open it with AutoModelForCausalLM.from_pretrained({arguments.target!r}, trust_remote_code=True).\n"
+    )
 
 
 def _make_change(arguments: argparse.Namespace) -> Callable[[PretrainedModel], PretrainedModel]:
@@ -86,19 +120,22 @@ def main(argv: list[str]) -> int:
     )
     add = parser.add_argument
     sparse = "give an encoder with full attention a sparse one"
+    hf = "write a language model for transformers"
     programs = "write a language model's step as ONNX graphs, or as programs of torch.export (pt2)"
     neighbors = "neighbors that a token sees, half on each side (default: 512)"
     seen = "tokens that a Hugging Face decoder sees exactly (default: as many as it was trained on)"
     add("source", help="a .ckpt file or folder, a run folder (its best checkpoint) or a model folder")
     add("target", help="folder to create")
     add("--layout", metavar="FOLDER", help="write the layout of this Hugging Face folder, which training started from")
-    add("--to", choices=("longformer", "bigbird", *EXPORT_FORMATS), help=f"{sparse}; or {programs}")
+    add("--to", choices=("longformer", "bigbird", "hf", *EXPORT_FORMATS), help=f"{sparse}; {hf}; or {programs}")
     add("--max-length", type=int, default=4096, help="--to: tokens that it reads at once; its positions are repeated")
-    add("--window", type=options.positive_int, metavar="N", help=f"--to longformer: {neighbors}; --to onnx: {seen}")
+    add("--window", type=options.positive_int, metavar="N", help=f"--to longformer: {neighbors}; --to hf, onnx and pt2: {seen}")
     add("--block-size", type=int, default=64, help="--to bigbird: tokens of a block")
     add("--num-random-blocks", type=int, default=3, help="--to bigbird: random blocks that a block sees")
-    add("--segment-length", type=options.positive_int, default=512, help="--to onnx and pt2: tokens of a segment")
+    text = "--to hf, onnx and pt2: tokens read at a time (default: 512)"
+    add("--segment-length", type=options.positive_int, metavar="N", help=text)
     add("--batch-size", type=options.positive_int, default=1, help="--to onnx and pt2: streams that are read at once")
+    add("--push-to-hub", metavar="USER/NAME", help="--to hf: upload the folder to this repository")
     add("--overwrite", action="store_true", help="replace the target if it exists")
     parser.add_import_option()
     return parser.run(argv, _convert)
