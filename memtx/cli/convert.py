@@ -129,7 +129,8 @@ def main(argv: list[str]) -> int:
     add("--layout", metavar="FOLDER", help="write the layout of this Hugging Face folder, which training started from")
     add("--to", choices=("longformer", "bigbird", "hf", *EXPORT_FORMATS), help=f"{sparse}; {hf}; or {programs}")
     add("--max-length", type=int, default=4096, help="--to: tokens that it reads at once; its positions are repeated")
-    add("--window", type=options.positive_int, metavar="N", help=f"--to longformer: {neighbors}; --to hf, onnx and pt2: {seen}")
+    text = f"--to longformer: {neighbors}; --to hf, onnx and pt2: {seen}"
+    add("--window", type=options.positive_int, metavar="N", help=text)
     add("--block-size", type=int, default=64, help="--to bigbird: tokens of a block")
     add("--num-random-blocks", type=int, default=3, help="--to bigbird: random blocks that a block sees")
     text = "--to hf, onnx and pt2: tokens read at a time (default: 512)"

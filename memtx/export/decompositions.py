@@ -1,8 +1,8 @@
-"""Operators that ONNX lacks, as functions of simpler ones."""
+"""Operators that ONNX lacks, or that overflow there, as functions of simpler ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,20 @@ def cummax(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 def cummin(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Compute the values of ``torch.cummin``."""
     return _running(torch.minimum, x, dim)
+
+
+def logsumexp(x: Tensor, dim: Sequence[int], keepdim: bool = False) -> Tensor:
+    """Compute ``torch.logsumexp``, whose ONNX operator overflows in onnxruntime for values above 88."""
+    largest = x.amax(dim, keepdim=True)
+    largest = largest.masked_fill(largest.isinf(), 0.0)
+    out = (x - largest).exp().sum(dim, keepdim=True).log() + largest
+    return out if keepdim else out.squeeze(dim)
+
+
+def logaddexp(x: Tensor, other: Tensor) -> Tensor:
+    """Compute ``torch.logaddexp``, which would overflow as the logarithm of a sum of exponentials."""
+    gap = torch.where(x == other, torch.zeros_like(x), (x - other).abs())  # two equal infinities have none
+    return torch.maximum(x, other) + torch.log1p((-gap).exp())
 
 
 def argsort(x: Tensor, *, stable: bool, dim: int = -1, descending: bool = False) -> Tensor:
@@ -61,6 +75,8 @@ def solve_unit_lower_triangular(
 ONNX_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.cummax.default: cummax,
     torch.ops.aten.cummin.default: cummin,
+    torch.ops.aten.logsumexp.default: logsumexp,
+    torch.ops.aten.logaddexp.default: logaddexp,
     torch.ops.aten.argsort.stable: argsort,
     torch.ops.aten.linalg_solve_triangular.default: solve_unit_lower_triangular,
 }

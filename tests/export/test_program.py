@@ -114,6 +114,16 @@ def test_decompositions_equal_the_operators() -> None:
     )
 
 
+def test_logarithms_of_sums_do_not_overflow() -> None:
+    aten = torch.ops.aten
+    logsumexp, logaddexp = (ONNX_DECOMPOSITIONS[op] for op in (aten.logsumexp.default, aten.logaddexp.default))
+    x = torch.tensor([[500.0, 499.0, -torch.inf], [-torch.inf] * 3, [-900.0, 3.0, 3.0]])
+    torch.testing.assert_close(logsumexp(x, [-1]), x.logsumexp(-1))
+    torch.testing.assert_close(logsumexp(x, [1], True), x.logsumexp(1, keepdim=True))
+    torch.testing.assert_close(logaddexp(x, x.flip(1)), torch.logaddexp(x, x.flip(1)))
+    torch.testing.assert_close(logaddexp(x, x), torch.logaddexp(x, x))
+
+
 @pytest.mark.parametrize("size", [1, 5, 32])
 def test_triangular_solution_is_stable_for_repeated_keys(size: int) -> None:
     """Equal keys fill the system with ones; its powers grow to 1e8 there, and cancel in the result."""
