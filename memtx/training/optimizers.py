@@ -104,9 +104,9 @@ _PHASE_KEYS = ("_phase_steps", "_factor", "_warmup_steps")
 
 def find_phase(steps: Sequence[int], step: int) -> tuple[int, int]:
     """Return the phase of a training step, and the step at which it begins; the last phase does not end."""
-    starts = [0, *itertools.accumulate(steps[:-1])]
-    phase = bisect.bisect_right(starts, step) - 1
-    return phase, starts[phase]
+    phase_starts = [0, *itertools.accumulate(steps[:-1])]
+    phase = bisect.bisect_right(phase_starts, step) - 1
+    return phase, phase_starts[phase]
 
 
 class PhasedWarmup(LambdaLR):

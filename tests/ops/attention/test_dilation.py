@@ -62,8 +62,8 @@ def check(backend: AttentionBackend, data: st.DataObject) -> None:
     dilation = draw(st.one_of(st.integers(1, 5), st.lists(st.integers(1, 5), max_size=HEADS)))
     kv_heads, batch_size = draw(st.sampled_from([1, 2, 4])), draw(st.integers(1, 2))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    starts = torch.rand(batch_size, length, generator=generator) < draw(st.sampled_from([0.0, 0.2]))
-    segment = Segment.from_document_starts(torch.full((batch_size,), past), length, starts)
+    document_starts = torch.rand(batch_size, length, generator=generator) < draw(st.sampled_from([0.0, 0.2]))
+    segment = Segment.from_document_starts(torch.full((batch_size,), past), length, document_starts)
     memory = RecurrentMemory(8, window, dilation=dilation)
     visibility = visibility_of(memory, segment)
     num_past = visibility.num_keys - length

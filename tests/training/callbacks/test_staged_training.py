@@ -66,7 +66,7 @@ def test_a_run_resumes_in_its_phase(tmp_path: Path, stop: int) -> None:
         trainer(tmp_path, *callbacks, **options).fit(fresh, datamodule=data(tmp_path), ckpt_path=path)
         return record.losses, fresh
 
-    expected, whole = run(9, [])
+    expected, uninterrupted = run(9, [])
     first, _ = run(stop, [BestCheckpoint(str(tmp_path / "checkpoints"))])
     path = tmp_path / "checkpoints" / "last.ckpt"
     memory = MemoryTransformer.from_pretrained(path)._layers()[1].attention.memory
@@ -74,7 +74,7 @@ def test_a_run_resumes_in_its_phase(tmp_path: Path, stop: int) -> None:
     assert memory.window == 4 * 2 ** ((stop > 3) + (stop > 6))
     second, resumed = run(9, [], str(path))
     assert first | second == expected
-    for name, weight in whole.model.state_dict().items():
+    for name, weight in uninterrupted.model.state_dict().items():
         assert torch.equal(weight, resumed.model.state_dict()[name])
 
 
