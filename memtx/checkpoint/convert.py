@@ -11,6 +11,7 @@ from pathlib import Path
 from memtx import files, hf
 from memtx.checkpoint import pretrained
 from memtx.checkpoint.load import load
+from memtx.data.tokenizer_files import TOKENIZER_FILES
 from memtx.data.tokenizers import load_tokenizer
 from memtx.errors import MemtxError
 from memtx.models.memory_transformer import MemoryTransformer
@@ -65,6 +66,9 @@ def convert(
     if layout is None and isinstance(checkpoint.model, MemoryTransformer) and tokenizer_path.is_file():
         # A published folder names its end tokens in other files, which memtx's format does not have.
         texts[tokenizer_path.name] = load_tokenizer(tokenizer_path).to_json()
+    copied = []
+    if source.is_dir() and (layout is not None or not isinstance(checkpoint.model, MemoryTransformer)):
+        copied = [path for pattern in TOKENIZER_FILES for path in source.glob(pattern) if path.name not in texts]
     dropped_weights: list[str] = []
     temporary = files.temporary_path(target)
     try:
@@ -74,10 +78,14 @@ def convert(
             dropped_weights = hf.save(model, temporary, layout=layout)
         for name, text in texts.items():
             files.write_text(temporary / name, text)
+        for path in copied:
+            shutil.copyfile(path, temporary / path.name)
         files.replace(temporary, target)
     except OSError as error:
         raise files.write_failed_error(target, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return ConversionResult(source, type(model).__name__, num_parameters, sorted(texts), dropped_weights)
+    return ConversionResult(
+        source, type(model).__name__, num_parameters, sorted([*texts, *(path.name for path in copied)]), dropped_weights
+    )

@@ -15,11 +15,24 @@ if TYPE_CHECKING:
 
 MAX_NAMES_SHOWN = 3
 
+TARGET_OPTIONS = {
+    "longformer": {"max_length": 4096, "window": 512, "freeze": None},
+    "bigbird": {"max_length": 4096, "block_size": 64, "num_random_blocks": 3, "freeze": None},
+}
+"""Options of each ``--to`` with their defaults."""
+
+FREEZE_PATTERNS = {
+    "positions": '["embedding.position_embeddings.*"]',
+    "rest": '["embedding.[!p]*", "blocks.*", "head.*", "pooler.*"]',
+}
+"""Parameters that ``--freeze`` keeps from training, as option of ``memtx.training.callbacks.freeze.Freeze``."""
+
 
 def _convert(arguments: argparse.Namespace) -> None:
     with options.user_modules(arguments.modules):
         from memtx.checkpoint.convert import convert
 
+        _check_options(arguments)
         change = None if arguments.to is None else _make_change(arguments)
         summary = convert(
             arguments.source, arguments.target, layout=arguments.layout, change=change, overwrite=arguments.overwrite
@@ -32,11 +45,26 @@ def _convert(arguments: argparse.Namespace) -> None:
         message += f" Dropped {len(dropped)} weights that the layout cannot hold ({names})."
     sys.stdout.write(f"{message}\n")
     if arguments.to is not None:
-        options.print_next_command(
-            "Train it on with", "fit", "--config", "configs/longformer-mlm.yaml", "--model.pretrained", arguments.target
-        )
+        words = ["fit", "--config", f"configs/{arguments.to}-mlm.yaml", "--model.pretrained", arguments.target]
+        if arguments.freeze is not None:
+            words += ["--trainer.callbacks+=memtx.training.callbacks.freeze.Freeze"]
+            words += [f"--trainer.callbacks.parameters={FREEZE_PATTERNS[arguments.freeze]}"]
+        options.print_next_command("Train it on with", *words)
     else:
         options.print_next_command("Serve it with", "serve", "--checkpoint", arguments.target)
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Fill in the defaults of ``--to``; raise MemtxError for an option of another target or of none."""
+    defaults = TARGET_OPTIONS.get(arguments.to, {})
+    for name in dict.fromkeys(name for names in TARGET_OPTIONS.values() for name in names):
+        if name in defaults:
+            setattr(arguments, name, defaults[name] if (value := getattr(arguments, name)) is None else value)
+        elif getattr(arguments, name) is not None:
+            targets = " or ".join(target for target, names in TARGET_OPTIONS.items() if name in names)
+            option = f"--{name.replace('_', '-')}"
+            reason = "" if arguments.to is None else f", not to {arguments.to}"
+            raise MemtxError(f"{option} applies to --to {targets}{reason}.", f"Add --to, or remove {option}.")
 
 
 def _make_change(arguments: argparse.Namespace) -> Callable[[PretrainedModel], PretrainedModel]:
@@ -68,10 +96,12 @@ def main(argv: list[str]) -> int:
     add("target", help="folder to create")
     add("--layout", metavar="FOLDER", help="write the layout of this Hugging Face folder, which training started from")
     add("--to", choices=("longformer", "bigbird"), help="give an encoder with full attention a sparse one")
-    add("--max-length", type=int, default=4096, help="--to: tokens that it reads at once; its positions are repeated")
-    add("--window", type=int, default=512, help="--to longformer: neighbors that a token sees, half on each side")
-    add("--block-size", type=int, default=64, help="--to bigbird: tokens of a block")
-    add("--num-random-blocks", type=int, default=3, help="--to bigbird: random blocks that a block sees")
+    add("--max-length", type=int, help="--to: tokens that it reads at once (4096); its positions are repeated")
+    add("--window", type=int, help="--to longformer: neighbors that a token sees, half on each side (512)")
+    add("--block-size", type=int, help="--to bigbird: tokens of a block (64)")
+    add("--num-random-blocks", type=int, help="--to bigbird: random blocks that a block sees (3)")
+    help_text = "--to: what the printed command does not train: the position embeddings, or all the rest"
+    add("--freeze", choices=tuple(FREEZE_PATTERNS), help=help_text)
     add("--overwrite", action="store_true", help="replace the target if it exists")
     parser.add_import_option()
     return parser.run(argv, _convert)

@@ -21,6 +21,9 @@ RUN_OPTIONS = ("--config", "-c", "--run_dir", "--ckpt_path")
 CHUNK_SIZE = 64
 """Inputs per call; their lines are written after it."""
 
+GENERATION_OPTIONS = ("num_beams", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+"""Options of models that make texts."""
+
 Input = tuple[str, str | dict[str, Any]]
 """The location of an input for messages, and a raw text or the fields of an example."""
 
@@ -54,6 +57,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         message = f"'{arguments.checkpoint}' is a language model, not a task model."
         raise MemtxError(message, "Use memtx read to score texts and memtx generate to continue them.")
     predictor = options.load_task_predictor(arguments)
+    _set_generation(predictor, arguments)
     # All inputs are checked before any output is written.
     for location, content in inputs:
         with options.name_in_errors(location):
@@ -69,6 +73,20 @@ def _predict(arguments: argparse.Namespace) -> None:
     if arguments.output is not None:
         files.write_text(arguments.output, "".join(lines))
     options.print_next_command("Serve the model with", "serve", *options.checkpoint_words(arguments), is_data=True)
+
+
+def _set_generation(predictor: BasePredictor, arguments: argparse.Namespace) -> None:
+    """Change how a model makes texts; raise MemtxError for one that makes none."""
+    changes = {name: value for name in GENERATION_OPTIONS if (value := getattr(arguments, name)) is not None}
+    if not changes:
+        return
+    from memtx.inference.text_to_text import TextToText
+
+    if not isinstance(predictor, TextToText):
+        option = f"--{next(iter(changes)).replace('_', '-')}"
+        message = f"{option} is for models that make texts, '{arguments.checkpoint}' predicts {predictor.task_name}."
+        raise MemtxError(message, f"Remove {option}.")
+    predictor.change_generation(**changes)
 
 
 def _predict_chunk(predictor: BasePredictor, inputs: list[Input]) -> list[dict[str, Any]]:
@@ -105,4 +123,14 @@ def main(argv: list[str]) -> int:
     add("--text", action="append", metavar="TEXT", help="raw text; repeatable")
     add("--input", metavar="FILE", help="examples as JSON lines; any other file is one raw text")
     add("--output", metavar="FILE", help="file to write all lines to at the end, instead of stdout")
+    add(
+        "--num-beams",
+        type=int,
+        help="texts made from texts: hypotheses of the beam search; 1 takes the likeliest token",
+    )
+    add("--temperature", type=float, help="texts made from texts: sample them with this temperature; 0 is greedy")
+    add("--top-k", type=int, help="sample from the k most likely tokens; 0 keeps all")
+    add("--top-p", type=float, help="sample from the most likely tokens with a total probability of p")
+    add("--repetition-penalty", type=float, help="values above 1 make tokens of the new text less likely")
+    add("--seed", type=int, help="seed of samples")
     return parser.run(argv, _predict)
