@@ -5,15 +5,21 @@ from __future__ import annotations
 import argparse
 import http.client
 import os
+import socket
 from urllib.parse import urlsplit
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 def local_url(text: str) -> str:
-    """Parse a server's address for argparse; only this machine may be tested."""
-    if urlsplit(text).hostname not in LOCAL_HOSTS:
+    """Parse a server's address for argparse; only this machine may be tested, and a server must answer there."""
+    parts = urlsplit(text)
+    if parts.hostname not in LOCAL_HOSTS:
         raise argparse.ArgumentTypeError("the server must be on this machine")
+    try:
+        socket.create_connection((parts.hostname, parts.port or 80), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"no server answers at {text}: {error}") from error
     return text
 
 

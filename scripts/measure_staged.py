@@ -80,7 +80,7 @@ def train(arm: Arm, data: BookDataModule, seed: int, arguments: argparse.Namespa
                 group["lr"] = rate
             inputs = batch.tokens, batch.labels, batch.document_starts
             output = unroll(model, *inputs, state, segment_length=batch.tokens.shape[1])
-            output.loss.backward()
+            output.loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25)
             optimizer.step()
             optimizer.zero_grad()

@@ -76,9 +76,11 @@ class Tokenizer(ABC):
 
     Attributes:
         eos_token_ids: Ids at which a generated text ends; empty if the model was not trained to end a text.
+        stop_strings: Strings at which a generated text ends, as its folder asks for.
     """
 
     eos_token_ids: frozenset[int] = frozenset()
+    stop_strings: tuple[str, ...] = ()
 
     @property
     @abstractmethod

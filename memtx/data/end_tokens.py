@@ -1,4 +1,4 @@
-"""End tokens of a published folder: the ids at which its files say that a text ends."""
+"""End tokens and stop strings of a published folder: where its files say that a text ends."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ SPELLING_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 def read_eos_token_ids(folder: Path, vocabulary: Mapping[str, int]) -> frozenset[int]:
     """Return the ids at which generation stops, by all files of a folder; empty if it names none.
 
-    ``vocabulary`` maps spellings to ids. Raises DataError if a file names an end token that is no id and no spelling.
+    ``vocabulary`` maps spellings to ids. A negative id stands for none.
+
+    Raises DataError if a file names an end token that is no id and no spelling.
     """
     ids: set[int] = set()
     for name in ID_FILES:
         for config in _read_configs(folder / name):
             for value in _to_list(config.get("eos_token_id")):
-                if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                if isinstance(value, bool) or not isinstance(value, int):
                     raise _invalid(folder / name, "eos_token_id", value, "an id or a list of ids")
-                ids.add(value)
+                if value >= 0:
+                    ids.add(value)
     for name in SPELLING_FILES:
         for config in _read_configs(folder / name):
             for value in _to_list(config.get("eos_token")):
@@ -37,6 +40,20 @@ def read_eos_token_ids(folder: Path, vocabulary: Mapping[str, int]) -> frozenset
                 if spelling in vocabulary:
                     ids.add(vocabulary[spelling])
     return frozenset(ids)
+
+
+def read_stop_strings(folder: Path) -> tuple[str, ...]:
+    """Return the ``stop_strings`` of generation_config.json, at which generation stops.
+
+    Raises DataError if they are not strings with at least one character.
+    """
+    path, strings = folder / ID_FILES[0], list[str]()
+    for config in _read_configs(path):
+        for value in _to_list(config.get("stop_strings")):
+            if not isinstance(value, str) or not value:
+                raise _invalid(path, "stop_strings", value, "a string or a list of strings")
+            strings.append(value)
+    return tuple(dict.fromkeys(strings))
 
 
 def _read_configs(path: Path) -> Iterator[Mapping[str, Any]]:

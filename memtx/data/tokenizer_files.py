@@ -102,7 +102,7 @@ def read_bos_token_id(folder: Path, backend: Any) -> int | None:
         if isinstance(spelling, str) and (token_id := backend.token_to_id(spelling)) is not None:
             return int(token_id)
     ids = [config.get("bos_token_id") for config in configs[2:]]
-    return next((token_id for token_id in ids if isinstance(token_id, int)), None)
+    return next((token_id for token_id in ids if isinstance(token_id, int) and token_id >= 0), None)
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:

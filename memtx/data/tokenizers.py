@@ -19,7 +19,7 @@ import numpy as np
 
 from memtx.data.base_tokenizer import ChunkEncoder, EncodedChunk, TextEncoder, TokenIds, Tokenizer
 from memtx.data.encodings import encode_utf8
-from memtx.data.end_tokens import read_eos_token_ids
+from memtx.data.end_tokens import read_eos_token_ids, read_stop_strings
 from memtx.data.safe_cuts import CutFinder, SafeSplitter, TextChunk
 from memtx.data.text_chunks import split_text
 from memtx.data.token_decoder import TextDecoder, TokenSpeller
@@ -42,7 +42,7 @@ HF_FORMAT, HF_FORMAT_VERSION = "memtx.hf_tokenizer", 2
 _FORMAT_VERSIONS = {FORMAT: FORMAT_VERSION, HF_FORMAT: HF_FORMAT_VERSION}
 BOS_TOKEN = "<|begin|>"
 _EARLIER_BOS_TOKENS = ("<|begin_of_text|>", "<|endoftext|>", "<s>", "<bos>", "[CLS]")
-BOS_KEY, EOS_KEY = "bos_token_id", "eos_token_ids"
+BOS_KEY, EOS_KEY, STOP_KEY = "bos_token_id", "eos_token_ids", "stop_strings"
 
 
 class ByteTokenizer(Tokenizer):
@@ -91,6 +91,7 @@ class BackendTokenizer(Tokenizer):
     def _read_files(self, folder: Path) -> None:
         """Read what the files beside the tokenizer say of it."""
         self.eos_token_ids = read_eos_token_ids(folder, self._require_backend().get_vocab(with_added_tokens=True))
+        self.stop_strings = read_stop_strings(folder)
 
     @classmethod
     def from_backend_json(cls, text: str, vocab_size: int) -> Self:
@@ -211,20 +212,22 @@ class BackendTokenizer(Tokenizer):
         return self._words.word_ids(ids)
 
     def to_json(self) -> str:
-        """Return the vocabulary size, the end tokens and the library's JSON as one JSON text."""
-        return self._to_json({EOS_KEY: sorted(self.eos_token_ids)} if self.eos_token_ids else {})
+        """Return the vocabulary size, where a text ends, and the library's JSON as one JSON text."""
+        ends = {EOS_KEY: sorted(self.eos_token_ids), STOP_KEY: list(self.stop_strings)}
+        return self._to_json({key: values for key, values in ends.items() if values})
 
     def _restore(self, description: Mapping[str, Any]) -> None:
         """Restore what :meth:`to_json` wrote beside the library's JSON."""
-        eos_token_ids = description.get(EOS_KEY, [])
-        if not isinstance(eos_token_ids, list) or not all(isinstance(token_id, int) for token_id in eos_token_ids):
-            message = f"The tokenizer's {EOS_KEY} is {eos_token_ids!r}, expected ids."
-            raise DataError(message, "Restore it from a copy.")
-        self.eos_token_ids = frozenset(eos_token_ids)
+        for key, kind, expected in ((EOS_KEY, int, "ids"), (STOP_KEY, str, "strings")):
+            values = description.get(key, [])
+            if not isinstance(values, list) or not all(isinstance(value, kind) for value in values) or "" in values:
+                raise DataError(f"The tokenizer's {key} is {values!r}, expected {expected}.", "Restore it from a copy.")
+        self.eos_token_ids = frozenset(description.get(EOS_KEY, []))
+        self.stop_strings = tuple(description.get(STOP_KEY, []))
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of :meth:`to_json` without the end tokens, which do not change the ids of a text."""
+        """SHA-256 of :meth:`to_json` without what ends a text, which does not change the ids of a text."""
         return hashlib.sha256(self._to_json({}).encode("utf-8")).hexdigest()
 
     def _to_json(self, options: Mapping[str, Any]) -> str:

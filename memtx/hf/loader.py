@@ -72,6 +72,7 @@ MODEL_TYPES = ENCODERS | DECODERS | {name: DECODERS[part] for name, part in TEXT
 
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+BITSANDBYTES_KEYS = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")
 QUANTIZER_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Files of quantizers that write nothing to config.json: AutoGPTQ, AutoAWQ and ModelOpt."""
 
@@ -113,7 +114,7 @@ def load(path: str | os.PathLike[str], window: int | None = None) -> PretrainedM
 
 def _reject_quantized(folder: Path, config: Mapping[str, Any]) -> None:
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, Mapping)]
-    settings = [(key, part[key]) for part in parts for key in QUANTIZATION_KEYS if part.get(key)]
+    settings = [(key, part[key]) for part in parts for key in QUANTIZATION_KEYS if _quantizes(part.get(key))]
     reasons = [
         f"it has {name} in place of a quantization_config" for name in QUANTIZER_FILES if (folder / name).is_file()
     ]
@@ -123,6 +124,12 @@ def _reject_quantized(folder: Path, config: Mapping[str, Any]) -> None:
     if reasons:
         message = f"'{folder}' holds quantized weights: {reasons[0]}."
         raise CheckpointError(message, "Give the original folder, in bfloat16, float16 or float32.")
+
+
+def _quantizes(setting: object) -> bool:
+    """Return whether a quantization_config changes any weight: bitsandbytes' may have both of its switches off."""
+    switches = [setting[key] for key in BITSANDBYTES_KEYS if key in setting] if isinstance(setting, Mapping) else []
+    return any(switches) if switches else bool(setting)
 
 
 def _select_text_part(hf_checkpoint: HFCheckpoint) -> HFCheckpoint:

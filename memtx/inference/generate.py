@@ -146,7 +146,7 @@ class TokenGenerator:
         self.next_token, self.num_generated = last_token, 0
         self.finish_reason: FinishReason | None = None if config.max_tokens else "length"
         self._counts = TokenCounts(recent_tokens)
-        self._stop_filter = StopFilter(config.stop)
+        self._stop_filter = StopFilter((*config.stop, *(() if config.ignore_eos else tokenizer.stop_strings)))
         for token in (*config.stop_token_ids, *config.sampling_params.logit_bias):
             tokenizer.token_bytes(token)  # Raises if it is not in the vocabulary.
         self._end_token_ids = {*config.stop_token_ids, *(() if config.ignore_eos else tokenizer.eos_token_ids)}
@@ -230,8 +230,8 @@ def generate(
 ) -> Iterator[str]:
     """Generate a continuation of a text; yields non-empty parts of complete characters.
 
-    The text ends at an end token of the model (``tokenizer.eos_token_ids``), a stop token or a stop string, none of
-    which is returned.
+    The text ends at an end token or stop string of the model (``tokenizer.eos_token_ids``, ``tokenizer.stop_strings``),
+    a stop token or a stop string, none of which is returned.
 
     Args:
         model: Language model; a module is put into eval mode.
@@ -244,7 +244,7 @@ def generate(
         stop: Strings that end the text.
         seed: Random seed; equal seeds give equal texts on the same machine and version of torch.
         stop_token_ids: Ids that end the text, beside the model's end tokens.
-        ignore_eos: If True, the model's end tokens do not end the text.
+        ignore_eos: If True, the model's end tokens and stop strings do not end the text.
         min_tokens: Number of tokens before which neither a token nor a string ends the text.
 
     Raises:

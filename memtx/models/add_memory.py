@@ -83,7 +83,7 @@ def add_memory(
     adapted.init_memory_tokens()
     if adapted.memory_tokens is not None:
         nn.init.normal_(adapted.write_tokens, std=0.02)
-    weight = next(model.embedding.parameters())
+    weight = next(model.blocks.parameters())
     adapted.to(weight.device, weight.dtype)
     _update_init_args(adapted, configs, gated_memory)
     return adapted.train(model.training)

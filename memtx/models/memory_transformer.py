@@ -44,7 +44,7 @@ from memtx.models.segmented_forward import (
     forward_in_chunks,
     forward_with_memory_tokens,
 )
-from memtx.models.validation import check_segment, check_valid_length
+from memtx.models.validation import check_inputs, check_segment, check_valid_length
 from memtx.ops.attention.dispatch import AttentionBackend
 from memtx.ops.cross_entropy import IGNORE_INDEX
 from memtx.segment import Segment
@@ -213,6 +213,11 @@ class MemoryTransformer(PretrainedModel):
         if self.memory_tokens is not None:
             self.write_tokens = nn.Parameter(torch.empty(self.memory_tokens.num_tokens, self.dim))
 
+    @property
+    def _weight(self) -> nn.Parameter:
+        """A weight of a layer, for dtype and device; the embedding may be absent."""
+        return next(self.blocks.parameters())
+
     def _layers(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
 
@@ -232,8 +237,7 @@ class MemoryTransformer(PretrainedModel):
     ) -> MemoryState:
         """Return the state of ``batch_size`` (at least 1) fresh streams; dtype and device default to the weights'."""
         check_at_least(1, batch_size=batch_size)
-        weight = next(self.embedding.parameters())
-        like = torch.empty(0, dtype=dtype or weight.dtype, device=device or weight.device)
+        like = torch.empty(0, dtype=dtype or self._weight.dtype, device=device or self._weight.device)
         layers = tuple(
             tuple(memory.init_state(batch_size, like=like) for memory in block.attention.memories)
             for block in self._layers()
@@ -244,9 +248,10 @@ class MemoryTransformer(PretrainedModel):
 
     def forward(
         self,
-        tokens: Tensor,
+        tokens: Tensor | None = None,
         state: MemoryState | None = None,
         *,
+        inputs_embeds: Tensor | None = None,
         document_starts: Tensor | None = None,
         labels: Tensor | None = None,
         valid_length: Tensor | None = None,
@@ -255,7 +260,8 @@ class MemoryTransformer(PretrainedModel):
         """Read one segment.
 
         Args:
-            tokens: ``(batch, length)`` int64.
+            tokens: ``(batch, length)`` int64; None with ``inputs_embeds``.
+            inputs_embeds: ``(batch, length, dim)`` in place of ``embedding(tokens)``, cast to the dtype of the weights.
             state: State returned by the previous call; None for fresh streams.
             document_starts: ``(batch, length)`` bool, True where a document begins; later tokens see nothing before it.
             labels: ``(batch, length)`` int64, the token to predict at each position; -100 is ignored.
@@ -264,20 +270,26 @@ class MemoryTransformer(PretrainedModel):
             return_hidden_states: If True, return the hidden states.
 
         Raises:
-            MemtxError: Shapes do not fit each other, or ``valid_length`` is given in training or to a model without
-                :attr:`supports_padding`.
+            MemtxError: Shapes do not fit each other, not exactly one of ``tokens`` and ``inputs_embeds`` is given,
+                ``inputs_embeds`` is given to a model with an ``output_memory``, which copies token ids, or
+                ``valid_length`` in training or to a model without :attr:`supports_padding`.
         """
-        check_segment(tokens, state, document_starts=document_starts, labels=labels)
+        batch_size, length = check_inputs(tokens, inputs_embeds, self.dim)
+        if inputs_embeds is not None and self.output_memory is not None:
+            message = "inputs_embeds was given to a model with an output_memory, which copies token ids."
+            raise MemtxError(message, "Give tokens, or a model without output_memory.")
+        check_segment(batch_size, length, state, document_starts=document_starts, labels=labels)
         if valid_length is not None:
-            check_valid_length(tokens, valid_length)
+            check_valid_length(batch_size, length, valid_length)
             if self.training or not self.supports_padding:
                 reason = "in training" if self.training else "to memories that do not support padding"
                 raise MemtxError(f"valid_length was given {reason}.", "Give segments of equal length instead.")
         if document_starts is not None and document_starts.dtype != torch.bool:
             raise MemtxError(f"document_starts is {document_starts.dtype}, expected bool.", "Compare it with 0 first.")
-        state = state if state is not None else self.init_state(tokens.shape[0])
-        segment = Segment.from_document_starts(state.position, tokens.shape[1], document_starts, valid_length)
-        x = self.dropout(self._embed(tokens, segment.position))
+        state = state if state is not None else self.init_state(batch_size)
+        segment = Segment.from_document_starts(state.position, length, document_starts, valid_length)
+        x = self.embedding(tokens) if inputs_embeds is None else inputs_embeds.to(self._weight.dtype)
+        x = self.dropout(self._add_positions(x, segment.position))
         run_layers = partial(self._run_layers, keep_hidden_states=return_hidden_states)
         chunk_ends = find_chunk_ends(segment, self._layers())
         layer_states, output_states = list(state.layers[: self.depth]), state.layers[self.depth :]
@@ -295,7 +307,7 @@ class MemoryTransformer(PretrainedModel):
         x = self.norm(hidden[-1])
         copy_view = None
         if self.output_memory is not None:
-            copy_view = self.output_memory.read(output_states[0][0], x, tokens, segment)
+            copy_view = self.output_memory.read(output_states[0][0], x, cast("Tensor", tokens), segment)
             layers = (*layers, (copy_view.next_state,))
             copy_view = None if self.output_memory.is_hidden else copy_view
         logits = loss = language_loss = nll = None
@@ -321,9 +333,8 @@ class MemoryTransformer(PretrainedModel):
             nll_sum, nll = head.nll(x.flatten(0, 1), labels.reshape(-1), (log_share, log_copied))
         return nll_sum, nll.view_as(labels)
 
-    def _embed(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """Return ``(..., dim)`` for tokens at positions, both ``(...)`` int64."""
-        x: Tensor = self.embedding(tokens)
+    def _add_positions(self, x: Tensor, position: Tensor) -> Tensor:
+        """Return the layers' input ``(..., dim)`` for embeddings ``(..., dim)`` at positions ``(...)`` int64."""
         x = x * self.embedding_scale if self.scales_embedding else x
         return x if self.absolute_positions is None else x + self.absolute_positions(position)
 
@@ -376,7 +387,7 @@ class MemoryTransformer(PretrainedModel):
 
         For the Decoder: ``rings``, from :meth:`to_rings`, are changed in place; ``step`` has the tokens' positions.
         """
-        x = self._embed(tokens, step.position)
+        x = self._add_positions(self.embedding(tokens), step.position)
         for block, ring in zip(self._layers(), rings[: self.depth], strict=True):
             x = block.step(x, ring, step)
         x = self.norm(x)

@@ -37,6 +37,16 @@ def test_a_quantized_folder_is_refused_by_name(tmp_path: Path, options: dict[str
         memtx.from_pretrained(folder)
 
 
+def test_a_quantizer_with_its_switches_off_holds_plain_weights(tmp_path: Path) -> None:
+    options = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": False,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "fp4",
+    }
+    memtx.from_pretrained(write(tmp_path, {**BERT, "quantization_config": options}, bert()))
+
+
 def test_a_quantizer_that_writes_its_own_file_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path, {**BERT, "quantization_config": None}, bert())
     memtx.from_pretrained(folder)

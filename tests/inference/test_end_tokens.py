@@ -103,11 +103,29 @@ def test_generation_ends_at_every_end_token_of_the_folder(tmp_path: Path, files:
 
 
 def test_an_unknown_or_missing_end_token_ends_nothing(tmp_path: Path) -> None:
-    files = {"generation_config": {}, "tokenizer_config": {"eos_token": "</s>"}, "config": {"eos_token_id": 31999}}
+    # -1 stands for no token.
+    files = {
+        "generation_config": {"eos_token_id": -1},
+        "tokenizer_config": {"eos_token": "</s>", "add_bos_token": True},
+        "config": {"eos_token_id": [31999, -1], "bos_token_id": -1},
+    }
     model, tokenizer = load_model_and_tokenizer(folder_of(tmp_path, [A, B, IM_END, A], **files))
     assert len("".join(generate(model, tokenizer, "a", max_tokens=9, sampling_params=GREEDY))) >= 6
+    assert tokenizer.bos_token_id is None
     config = GenerationConfig(9, min_tokens=2)  # masks end tokens, of which 31999 has no logit
     TokenGenerator(tokenizer, A, [], config).advance(torch.zeros(320))
+
+
+@pytest.mark.parametrize("stop_strings", ["ab", ["x", "ab"]])
+def test_generation_ends_at_a_stop_string_of_the_folder(tmp_path: Path, stop_strings: Any) -> None:
+    folder = folder_of(tmp_path, [A, B, C, A], generation_config={"stop_strings": stop_strings})
+    model, tokenizer = load_model_and_tokenizer(folder)
+    for restored in (tokenizer, tokenizer_from_json(tokenizer.to_json())):
+        assert "".join(generate(model, restored, "a", max_tokens=9, sampling_params=GREEDY)) == "bc"
+    assert tokenizer.fingerprint == load_tokenizer(folder / "tokenizer.json").fingerprint
+    options: dict[str, Any] = {"max_tokens": 9, "sampling_params": GREEDY}
+    assert "".join(generate(model, tokenizer, "a", stop=["c"], **options)) == "b"
+    assert "".join(generate(model, tokenizer, "a", ignore_eos=True, **options)) == "bcabcabca"
 
 
 @pytest.mark.parametrize(
@@ -116,6 +134,7 @@ def test_an_unknown_or_missing_end_token_ends_nothing(tmp_path: Path) -> None:
         ({"generation_config": {"eos_token_id": "end"}}, "generation_config.json' has eos_token_id = 'end'"),
         ({"config": {"eos_token_id": [1, True]}}, "config.json' has eos_token_id = True"),
         ({"tokenizer_config": {"eos_token": 3}}, "tokenizer_config.json' has eos_token = 3"),
+        ({"generation_config": {"stop_strings": ["b", ""]}}, "generation_config.json' has stop_strings = ''"),
     ],
 )
 def test_a_damaged_end_token_is_named(tmp_path: Path, files: dict[str, Any], message: str) -> None:
