@@ -40,15 +40,15 @@ def build(hf_checkpoint: HFCheckpoint) -> EncoderDecoder:
     dropout, bias = config.get_float("dropout", 0.1), config.get_bool("use_bias", False)
     eps, activation = 1e-5, config.get_activation("activation_function", "gelu_new")
     num_positions = config.get_int("max_position_embeddings", 4096)
+    make_attention = build_bigbird_attention(config, bias, config.get_float("attention_dropout", 0.0))
+    attention = partial(make_attention, **{"out_bias": bias})
     encoder = partial(
         Encoder,
         dim=config.get_int("d_model", 1024),
         depth=config.get_int("encoder_layers", 16),
         heads=config.get_int("encoder_attention_heads", 16),
         hidden_dim=config.get_int("encoder_ffn_dim", 4096),
-        attentions=[
-            partial(build_bigbird_attention(config, bias, config.get_float("attention_dropout", 0.0)), out_bias=bias)
-        ],
+        attentions=[attention],
         embeddings=partial(
             TextEmbeddings,
             num_positions=num_positions,

@@ -118,7 +118,8 @@ class EncoderBlock(nn.Module):
         """Return the layer's output ``(batch, length, dim)``."""
         if self.pre_norm:
             x = x + self.dropout(self.attention(self.attention_norm(x), inputs))
-            return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+            hidden: Tensor = self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+            return x + hidden
         x = self.attention_norm(x + self.dropout(self.attention(x, inputs)))
         out: Tensor = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
         return out
