@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 MAX_NAMES_SHOWN = 3
 
-TARGET_OPTIONS = {
+TARGET_OPTIONS: dict[str, dict[str, int | None]] = {
     "longformer": {"max_length": 4096, "window": 512, "freeze": None},
     "bigbird": {"max_length": 4096, "block_size": 64, "num_random_blocks": 3, "freeze": None},
+    "hf": {"segment_length": None, "push_to_hub": None},
 }
 """Options of each ``--to`` with their defaults."""
 
@@ -29,10 +30,13 @@ FREEZE_PATTERNS = {
 
 
 def _convert(arguments: argparse.Namespace) -> None:
+    _check_options(arguments)
+    if arguments.to == "hf":
+        _convert_to_hf(arguments)
+        return
     with options.user_modules(arguments.modules):
         from memtx.checkpoint.convert import convert
 
-        _check_options(arguments)
         change = None if arguments.to is None else _make_change(arguments)
         summary = convert(
             arguments.source, arguments.target, layout=arguments.layout, change=change, overwrite=arguments.overwrite
@@ -56,7 +60,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _check_options(arguments: argparse.Namespace) -> None:
     """Fill in the defaults of ``--to``; raise MemtxError for an option of another target or of none."""
-    defaults = TARGET_OPTIONS.get(arguments.to, {})
+    defaults: dict[str, int | None] = TARGET_OPTIONS.get(arguments.to, {})
     for name in dict.fromkeys(name for names in TARGET_OPTIONS.values() for name in names):
         if name in defaults:
             setattr(arguments, name, defaults[name] if (value := getattr(arguments, name)) is None else value)
@@ -65,6 +69,30 @@ def _check_options(arguments: argparse.Namespace) -> None:
             option = f"--{name.replace('_', '-')}"
             reason = "" if arguments.to is None else f", not to {arguments.to}"
             raise MemtxError(f"{option} applies to --to {targets}{reason}.", f"Add --to, or remove {option}.")
+
+
+def _convert_to_hf(arguments: argparse.Namespace) -> None:
+    """Write a language model for transformers and, if asked to, upload it."""
+    if arguments.layout is not None:
+        raise MemtxError("--layout is given with --to hf, which has a layout of its own.", "Remove --layout.")
+    with options.user_modules(arguments.modules):
+        from memtx.checkpoint import hub
+        from memtx.checkpoint.hf_export import export_checkpoint
+
+        summary = export_checkpoint(
+            arguments.source,
+            arguments.target,
+            segment_length=arguments.segment_length,
+            overwrite=arguments.overwrite,
+            name=arguments.push_to_hub,
+        )
+        message = f"'{arguments.target}': {summary.model_class} with {summary.num_parameters:,} parameters, and "
+        sys.stdout.write(f"{message}{', '.join(summary.extra_files)}; from {summary.source}.\n")
+        if arguments.push_to_hub is not None:
+            sys.stdout.write(f"Uploaded: {hub.upload(arguments.target, arguments.push_to_hub)}\n")
+    sys.stdout.write(
+        f"Open it with AutoModelForCausalLM.from_pretrained({arguments.target!r}, trust_remote_code=True).\n"
+    )
 
 
 def _make_change(arguments: argparse.Namespace) -> Callable[[PretrainedModel], PretrainedModel]:
@@ -95,13 +123,16 @@ def main(argv: list[str]) -> int:
     add("source", help="a .ckpt file or folder, a run folder (its best checkpoint) or a model folder")
     add("target", help="folder to create")
     add("--layout", metavar="FOLDER", help="write the layout of this Hugging Face folder, which training started from")
-    add("--to", choices=("longformer", "bigbird"), help="give an encoder with full attention a sparse one")
+    sparse, hf = "give an encoder with full attention a sparse one", "write a language model for transformers"
+    add("--to", choices=("longformer", "bigbird", "hf"), help=f"{sparse}, or {hf}")
     add("--max-length", type=int, help="--to: tokens that it reads at once (4096); its positions are repeated")
     add("--window", type=int, help="--to longformer: neighbors that a token sees, half on each side (512)")
     add("--block-size", type=int, help="--to bigbird: tokens of a block (64)")
     add("--num-random-blocks", type=int, help="--to bigbird: random blocks that a block sees (3)")
     help_text = "--to: what the printed command does not train: the position embeddings, or all the rest"
     add("--freeze", choices=tuple(FREEZE_PATTERNS), help=help_text)
+    add("--segment-length", type=options.positive_int, help="--to hf: tokens read at a time (default: 512)")
+    add("--push-to-hub", metavar="USER/NAME", help="--to hf: upload the folder to this repository")
     add("--overwrite", action="store_true", help="replace the target if it exists")
     parser.add_import_option()
     return parser.run(argv, _convert)
