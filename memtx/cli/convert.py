@@ -22,10 +22,7 @@ TARGET_OPTIONS: dict[str, dict[str, int | None]] = {
 }
 """Options of each ``--to`` with their defaults."""
 
-FREEZE_PATTERNS = {
-    "positions": '["embedding.position_embeddings.*"]',
-    "rest": '["embedding.[!p]*", "blocks.*", "head.*", "pooler.*"]',
-}
+FREEZE_PATTERNS = {"positions": '["embedding.position_embeddings.*"]', "rest": '["[!e]*", "embedding.[!p]*"]'}
 """Parameters that ``--freeze`` keeps from training, as option of ``memtx.training.callbacks.freeze.Freeze``."""
 
 
