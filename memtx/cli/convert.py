@@ -16,8 +16,20 @@ if TYPE_CHECKING:
 MAX_NAMES_SHOWN = 3
 EXPORT_FORMATS = ("onnx", "pt2")
 
+TARGET_OPTIONS: dict[str, dict[str, int | None]] = {
+    "longformer": {"max_length": 4096, "window": 512, "freeze": None},
+    "bigbird": {"max_length": 4096, "block_size": 64, "num_random_blocks": 3, "freeze": None},
+    "hf": {"segment_length": None, "window": None, "push_to_hub": None},
+    **dict.fromkeys(EXPORT_FORMATS, {"segment_length": 512, "window": None, "batch_size": 1}),
+}
+"""Options of each ``--to`` with their defaults."""
+
+FREEZE_PATTERNS = {"positions": '["embedding.position_embeddings.*"]', "rest": '["[!e]*", "embedding.[!p]*"]'}
+"""Parameters that ``--freeze`` keeps from training, as option of ``memtx.training.callbacks.freeze.Freeze``."""
+
 
 def _convert(arguments: argparse.Namespace) -> None:
+    _check_options(arguments)
     if arguments.to in EXPORT_FORMATS:
         _export(arguments)
         return
@@ -39,9 +51,11 @@ def _convert(arguments: argparse.Namespace) -> None:
         message += f" Dropped {len(dropped)} weights that the layout cannot hold ({names})."
     sys.stdout.write(f"{message}\n")
     if arguments.to is not None:
-        options.print_next_command(
-            "Train it on with", "fit", "--config", "configs/longformer-mlm.yaml", "--model.pretrained", arguments.target
-        )
+        words = ["fit", "--config", f"configs/{arguments.to}-mlm.yaml", "--model.pretrained", arguments.target]
+        if arguments.freeze is not None:
+            words += ["--trainer.callbacks+=memtx.training.callbacks.freeze.Freeze"]
+            words += [f"--trainer.callbacks.parameters={FREEZE_PATTERNS[arguments.freeze]}"]
+        options.print_next_command("Train it on with", *words)
     else:
         options.print_next_command("Serve it with", "serve", "--checkpoint", arguments.target)
 
@@ -58,7 +72,7 @@ def _export(arguments: argparse.Namespace) -> None:
             arguments.source,
             arguments.target,
             format=arguments.to,
-            segment_length=arguments.segment_length or 512,
+            segment_length=arguments.segment_length,
             batch_size=arguments.batch_size,
             window=arguments.window,
             overwrite=arguments.overwrite,
@@ -67,6 +81,19 @@ def _export(arguments: argparse.Namespace) -> None:
     model = f"{result.model_class} with {result.num_parameters:,} parameters in float32"
     state = f"a stream's state takes {result.state_bytes / 1e6:,.1f} MB"
     sys.stdout.write(f"'{arguments.target}': {model}, from {result.source}; {state}. Files: {sizes}.\n")
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Fill in the defaults of ``--to``; raise MemtxError for an option of another target or of none."""
+    defaults: dict[str, int | None] = TARGET_OPTIONS.get(arguments.to, {})
+    for name in dict.fromkeys(name for names in TARGET_OPTIONS.values() for name in names):
+        if name in defaults:
+            setattr(arguments, name, defaults[name] if (value := getattr(arguments, name)) is None else value)
+        elif getattr(arguments, name) is not None:
+            targets = ", ".join(target for target, names in TARGET_OPTIONS.items() if name in names)
+            option = f"--{name.replace('_', '-')}"
+            reason = "" if arguments.to is None else f", not to {arguments.to}"
+            raise MemtxError(f"{option} applies to --to {targets}{reason}.", f"Add --to, or remove {option}.")
 
 
 def _convert_to_hf(arguments: argparse.Namespace) -> None:
@@ -104,7 +131,7 @@ def _make_change(arguments: argparse.Namespace) -> Callable[[PretrainedModel], P
             message = f"--to {arguments.to}: '{arguments.source}' holds {type(model).__name__}, not an encoder."
             raise MemtxError(message, "Give a BERT or RoBERTa.")
         if arguments.to == "longformer":
-            return long_encoder.to_longformer(model, arguments.max_length, arguments.window or 512)
+            return long_encoder.to_longformer(model, arguments.max_length, arguments.window)
         sizes = (arguments.block_size, arguments.num_random_blocks)
         return long_encoder.to_bigbird(model, arguments.max_length, *sizes)
 
@@ -128,14 +155,17 @@ def main(argv: list[str]) -> int:
     add("target", help="folder to create")
     add("--layout", metavar="FOLDER", help="write the layout of this Hugging Face folder, which training started from")
     add("--to", choices=("longformer", "bigbird", "hf", *EXPORT_FORMATS), help=f"{sparse}; {hf}; or {programs}")
-    add("--max-length", type=int, default=4096, help="--to: tokens that it reads at once; its positions are repeated")
+    add("--max-length", type=int, help="--to: tokens that it reads at once (4096); its positions are repeated")
     text = f"--to longformer: {neighbors}; --to hf, onnx and pt2: {seen}"
     add("--window", type=options.positive_int, metavar="N", help=text)
-    add("--block-size", type=int, default=64, help="--to bigbird: tokens of a block")
-    add("--num-random-blocks", type=int, default=3, help="--to bigbird: random blocks that a block sees")
+    add("--block-size", type=int, help="--to bigbird: tokens of a block (64)")
+    add("--num-random-blocks", type=int, help="--to bigbird: random blocks that a block sees (3)")
+    text = "--to: what the printed command does not train: the position embeddings, or all the rest"
+    add("--freeze", choices=tuple(FREEZE_PATTERNS), help=text)
     text = "--to hf, onnx and pt2: tokens read at a time (default: 512)"
     add("--segment-length", type=options.positive_int, metavar="N", help=text)
-    add("--batch-size", type=options.positive_int, default=1, help="--to onnx and pt2: streams that are read at once")
+    text = "--to onnx and pt2: streams that are read at once (default: 1)"
+    add("--batch-size", type=options.positive_int, metavar="N", help=text)
     add("--push-to-hub", metavar="USER/NAME", help="--to hf: upload the folder to this repository")
     add("--overwrite", action="store_true", help="replace the target if it exists")
     parser.add_import_option()

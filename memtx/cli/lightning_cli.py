@@ -41,7 +41,7 @@ from memtx.data.tokenizers import tokenizer_from_json
 from memtx.errors import CheckpointError, DataError, MemtxError
 from memtx.ops.cpu.cpu_info import choose_precision
 from memtx.training import trackers
-from memtx.training.base_module import BaseModule
+from memtx.training.base_module import BaseModule, adapt_to_checkpoint
 from memtx.training.callbacks.defaults import adapt_options
 from memtx.training.callbacks.oom import is_out_of_memory
 from memtx.training.callbacks.predictions import PredictionWriter
@@ -217,6 +217,7 @@ class MemtxCLI(LightningCLI):
             checkpoint, self._checkpoint = self._checkpoint, None
             path = self.config[self.subcommand].ckpt_path
             try:
+                adapt_to_checkpoint(self.trainer, self.model, checkpoint)
                 self.model.on_load_checkpoint(checkpoint)
             except MemtxError as error:
                 raise CheckpointError(f"'{path}': {error.message}", error.hint) from error

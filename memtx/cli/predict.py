@@ -26,6 +26,9 @@ RUN_OPTIONS = ("--config", "-c", "--run_dir", "--ckpt_path")
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 
+GENERATION_OPTIONS = ("num_beams", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+"""Options of models that make texts."""
+
 Input = tuple[str, str | dict[str, Any]]
 """The location of an input for messages, and a raw text or the fields of an example."""
 
@@ -106,6 +109,7 @@ def _predict(arguments: argparse.Namespace) -> None:
             raise MemtxError(message, "Use memtx read to score texts and memtx generate to continue them.")
         output = PredictionOutput(arguments.output, arguments.resume)
         predictor = options.load_task_predictor(arguments)
+        _set_generation(predictor, arguments)
         lines: _Lines | None = None
         total: int | None = None
         if arguments.text is not None:
@@ -157,6 +161,20 @@ def _predict_all(
         num_bytes = read_bytes
 
 
+def _set_generation(predictor: BasePredictor, arguments: argparse.Namespace) -> None:
+    """Change how a model makes texts; raise MemtxError for one that makes none."""
+    changes = {name: value for name in GENERATION_OPTIONS if (value := getattr(arguments, name)) is not None}
+    if not changes:
+        return
+    from memtx.inference.text_to_text import TextToText
+
+    if not isinstance(predictor, TextToText):
+        option = f"--{next(iter(changes)).replace('_', '-')}"
+        message = f"{option} is for models that make texts, '{arguments.checkpoint}' predicts {predictor.task_name}."
+        raise MemtxError(message, f"Remove {option}.")
+    predictor.change_generation(**changes)
+
+
 def _predict_chunk(predictor: BasePredictor, inputs: list[Input]) -> list[dict[str, Any]]:
     try:
         return predictor.predict([content for _, content in inputs])
@@ -196,4 +214,14 @@ def main(argv: list[str]) -> int:
     add("--resume", action="store_true", help="continue FILE.partial of an interrupted run with the same input")
     add("--forecast", type=options.positive_int, metavar="N", help="of a series: steps to continue it after its end")
     add("--plot", type=options.output_path, metavar="PNG", help="of a series: plot it with its predictions")
+    add(
+        "--num-beams",
+        type=int,
+        help="texts made from texts: hypotheses of the beam search; 1 takes the likeliest token",
+    )
+    add("--temperature", type=float, help="texts made from texts: sample them with this temperature; 0 is greedy")
+    add("--top-k", type=int, help="sample from the k most likely tokens; 0 keeps all")
+    add("--top-p", type=float, help="sample from the most likely tokens with a total probability of p")
+    add("--repetition-penalty", type=float, help="values above 1 make tokens of the new text less likely")
+    add("--seed", type=int, help="seed of samples")
     return parser.run(argv, _predict)

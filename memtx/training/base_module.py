@@ -254,6 +254,8 @@ class BaseModule(pl.LightningModule):
             weights = checkpoint.get("state_dict", {})  # absent from a sharded checkpoint
             for name in [name for name in weights if name.startswith(_DISTILLATION_PREFIX)]:
                 del weights[name]
+        if self._trainer is not None:
+            adapt_to_checkpoint(self._trainer, self, checkpoint)
         _check_same_model(entry, self.model)
         averaging.load_trained_weights(self._trainer, checkpoint)
         self.tokens_seen = entry["tokens_seen"]
@@ -270,6 +272,13 @@ class BaseModule(pl.LightningModule):
         if rank >= len(ranks):
             rng.reseed_for_rank(rank)
         trainer_state.sync_batch_progress(self.trainer)
+
+
+def adapt_to_checkpoint(trainer: pl.Trainer, module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Let callbacks that change the model in training bring it to a checkpoint's step (``on_load_model``)."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if (on_load_model := getattr(callback, "on_load_model", None)) is not None:
+            on_load_model(trainer, module, checkpoint)
 
 
 def _lora_config(model: pretrained.PretrainedModel) -> dict[str, Any] | None:

@@ -78,10 +78,10 @@ def count_flops(model: MemoryTransformer, segment_length: int) -> FlopsPerToken:
         training += 2.0 * weight.numel() * count * (1 + needs_grad + weight.requires_grad)
     if includes_attention:
         init_args = model.config["init_args"]
-        width = int(init_args["heads"]) * int(init_args.get("head_dim") or init_args["dim"] // init_args["heads"])
+        head_dim = int(init_args.get("head_dim") or init_args["dim"] // init_args["heads"])
         for num_pairs, needs_grad in pairs:
-            forward += 4.0 * width * num_pairs
-            training += 4.0 * width * num_pairs * (3 if needs_grad else 1)
+            forward += 4.0 * head_dim * num_pairs
+            training += 4.0 * head_dim * num_pairs * (3 if needs_grad else 1)
     return FlopsPerToken(forward / segment_length, training / segment_length, includes_attention)
 
 
@@ -106,7 +106,7 @@ def _record_operations(
     """Read one segment of one stream.
 
     Returns the number of vectors that each linear layer is applied to, by its name and whether they need a gradient,
-    and the number of visible pairs of each attention call, with whether its queries need a gradient.
+    and each attention call's number of visible pairs in all heads, with whether its queries need a gradient.
     """
     num_vectors: Counter[tuple[str, bool]] = Counter()
     pairs: list[tuple[int, bool]] = []
@@ -118,7 +118,7 @@ def _record_operations(
             num_vectors[names[layer], inputs[0].requires_grad] += inputs[0].numel() // inputs[0].shape[-1]
 
     def count_pairs(q: Tensor, visibility: Visibility) -> None:
-        pairs.append((int(num_visible_pairs(visibility).sum()), q.requires_grad))
+        pairs.append((int(num_visible_pairs(visibility).sum()) * q.shape[1], q.requires_grad))
 
     fresh = model.init_state(1)
     state = MemoryState(torch.full_like(fresh.position, FAR_POSITION), fresh.layers)

@@ -25,6 +25,7 @@ from tests.tasks import folder, records, write_lines
 CONFIGS = sorted((HOME / "configs").glob("*.yaml"))
 NAMES = [path.name for path in CONFIGS]
 BOOKS = {"quickstart", "pg19", "pg19-mini", "enwik8", "enwik8-copy", "long-to-memory"}
+BOOKS |= {"longformer-lm-enwik8", "longformer-lm-text8"}
 TRANSFORMER_XL = {"wt103", "wt103-large", "enwik8", "enwik8-24", "text8"}
 PRETRAINING = {"longformer-mlm", "bigbird-mlm", "reformer-clm", "distilbert"}
 PRETRAINING |= {"tinybert-general", "tinybert-general-long"}
@@ -233,6 +234,14 @@ SMALL_OPTIONS = {
         "--model.model.init_args.dim=20", "--model.model.init_args.depth=2", "--model.model.init_args.heads=2",
         "--model.model.init_args.head_dim=10", "--model.model.init_args.hidden_dim=40",
         "--model.model.init_args.memory_length=16", "--model.model.init_args.cutoffs=[100,200]",
+    ],
+    "longformer-lm-text8": [
+        "--data.batch_size=2", "--data.segment_length=16", "--data.eval_batch_size=2",
+        "--model.model.init_args.dim=16", "--model.model.init_args.depth=2", "--model.model.init_args.heads=2",
+        "--model.model.init_args.memories.init_args.window=[2,4]",
+        "--model.model.init_args.memories.init_args.dilations=[1,[2]]",
+        """--trainer.callbacks=[{"class_path": "memtx.training.callbacks.staged_training.StagedTraining",
+            "init_args": {"steps": [1, 1], "batch_sizes": [2, 1]}}]""",
     ],
     "reformer-clm": [
         "--data.segment_length=64", "--model.model.init_args.dim=16", "--model.model.init_args.heads=2",
