@@ -19,8 +19,9 @@ EXPORT_FORMATS = ("onnx", "pt2")
 TARGET_OPTIONS: dict[str, dict[str, int | None]] = {
     "longformer": {"max_length": 4096, "window": 512, "freeze": None},
     "bigbird": {"max_length": 4096, "block_size": 64, "num_random_blocks": 3, "freeze": None},
-    "hf": {"segment_length": None, "window": None, "push_to_hub": None},
-    **dict.fromkeys(EXPORT_FORMATS, {"segment_length": 512, "window": None, "batch_size": 1}),
+    "hf": {"segment_length": None, "window": None},
+    "onnx": {"segment_length": 512, "window": None, "batch_size": 1},
+    "pt2": {"segment_length": 512, "window": None, "batch_size": 1},
 }
 """Options of each ``--to`` with their defaults."""
 
@@ -50,6 +51,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         names = ", ".join(dropped[:MAX_NAMES_SHOWN]) + (", ..." if len(dropped) > MAX_NAMES_SHOWN else "")
         message += f" Dropped {len(dropped)} weights that the layout cannot hold ({names})."
     sys.stdout.write(f"{message}\n")
+    _upload(arguments)
     if arguments.to is not None:
         words = ["fit", "--config", f"configs/{arguments.to}-mlm.yaml", "--model.pretrained", arguments.target]
         if arguments.freeze is not None:
@@ -90,7 +92,8 @@ def _check_options(arguments: argparse.Namespace) -> None:
         if name in defaults:
             setattr(arguments, name, defaults[name] if (value := getattr(arguments, name)) is None else value)
         elif getattr(arguments, name) is not None:
-            targets = ", ".join(target for target, names in TARGET_OPTIONS.items() if name in names)
+            *first, last = (target for target, names in TARGET_OPTIONS.items() if name in names)
+            targets = f"{', '.join(first)} or {last}" if first else last
             option = f"--{name.replace('_', '-')}"
             reason = "" if arguments.to is None else f", not to {arguments.to}"
             raise MemtxError(f"{option} applies to --to {targets}{reason}.", f"Add --to, or remove {option}.")
@@ -101,7 +104,6 @@ def _convert_to_hf(arguments: argparse.Namespace) -> None:
     if arguments.layout is not None:
         raise MemtxError("--layout is given with --to hf, which has a layout of its own.", "Remove --layout.")
     with options.user_modules(arguments.modules):
-        from memtx.checkpoint import hub
         from memtx.checkpoint.hf_export import export_checkpoint
 
         summary = export_checkpoint(
@@ -114,11 +116,18 @@ def _convert_to_hf(arguments: argparse.Namespace) -> None:
         )
         message = f"'{arguments.target}': {summary.model_class} with {summary.num_parameters:,} parameters, and "
         sys.stdout.write(f"{message}{', '.join(summary.extra_files)}; from {summary.source}.\n")
-        if arguments.push_to_hub is not None:
-            sys.stdout.write(f"Uploaded: {hub.upload(arguments.target, arguments.push_to_hub)}\n")
+    _upload(arguments)
     sys.stdout.write(
         f"Open it with AutoModelForCausalLM.from_pretrained({arguments.target!r}, trust_remote_code=True).\n"
     )
+
+
+def _upload(arguments: argparse.Namespace) -> None:
+    """Upload the target if asked to."""
+    if arguments.push_to_hub is not None:
+        from memtx.checkpoint import hub
+
+        sys.stdout.write(f"Uploaded: {hub.upload(arguments.target, arguments.push_to_hub)}\n")
 
 
 def _make_change(arguments: argparse.Namespace) -> Callable[[PretrainedModel], PretrainedModel]:
@@ -151,7 +160,8 @@ def main(argv: list[str]) -> int:
     programs = "write a language model's step as ONNX graphs, or as programs of torch.export (pt2)"
     neighbors = "neighbors that a token sees, half on each side (default: 512)"
     seen = "tokens that a Hugging Face decoder sees exactly (default: as many as it was trained on)"
-    add("source", help="a .ckpt file or folder, a run folder (its best checkpoint) or a model folder")
+    text = "a .ckpt file or folder, a run folder (its best checkpoint), a model folder, or user/name of the hub"
+    add("source", help=text)
     add("target", help="folder to create")
     add("--layout", metavar="FOLDER", help="write the layout of this Hugging Face folder, which training started from")
     add("--to", choices=("longformer", "bigbird", "hf", *EXPORT_FORMATS), help=f"{sparse}; {hf}; or {programs}")
@@ -166,7 +176,7 @@ def main(argv: list[str]) -> int:
     add("--segment-length", type=options.positive_int, metavar="N", help=text)
     text = "--to onnx and pt2: streams that are read at once (default: 1)"
     add("--batch-size", type=options.positive_int, metavar="N", help=text)
-    add("--push-to-hub", metavar="USER/NAME", help="--to hf: upload the folder to this repository")
+    add("--push-to-hub", metavar="USER/NAME", help="upload the folder to this repository of the hub")
     add("--overwrite", action="store_true", help="replace the target if it exists")
     parser.add_import_option()
     return parser.run(argv, _convert)

@@ -78,6 +78,8 @@ def test_converted_run_is_uploaded(fake_hub: FakeHub, tmp_path: Path) -> None:
     assert memtx.from_pretrained("user/run").fingerprint == model().fingerprint
     assert main(["generate", "--checkpoint", "user/run", "--prompt", "A", "--max-tokens", "3"]) == 0
     assert main(["generate", "--checkpoint", "user/missing", "--prompt", "A", "--max-tokens", "3"]) == 2
+    assert main(["convert", "user/run", "plain", "--push-to-hub", "user/plain"]) == 0
+    assert memtx.from_pretrained("user/plain").fingerprint == model().fingerprint
     export_checkpoint("user/run@main", tmp_path / "again")
     assert memtx.from_pretrained(tmp_path / "again").fingerprint == model().fingerprint
 
