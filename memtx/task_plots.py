@@ -79,7 +79,7 @@ def plot_series(
     *,
     steps_ahead: int = 1,
     title: str = "Series",
-    max_steps: int = 600,
+    max_steps: int = 240,
 ) -> None:
     """Draw the newest ``max_steps`` of a series with its predictions, two standard deviations, and a forecast.
 

@@ -92,10 +92,13 @@ def train(kind: str, make: Callable[[], SequenceModel], seed: int, steps: int) -
 
 
 def write_series(folder: Path, generator: np.random.Generator) -> None:
-    """Write motif series of two columns as CSV files in splits."""
+    """Write smooth motifs with noise, of two columns, as CSV files in splits."""
     for split, count in (("train", 24), ("validation", 4), ("test", 4)):
-        for index, values in enumerate(sample_motif(count, 1200, generator)[..., 0]):
-            lines = [f"{value:.4f},{20 + 5 * value**2:.3f}" for value in values]
+        for index in range(count):
+            motif = generator.standard_normal(PERIOD)
+            motif += np.roll(motif, 1) + np.roll(motif, 2)
+            values = np.tile(motif, 25) + NOISE * generator.standard_normal(25 * PERIOD)
+            lines = [f"{value:.4f},{20 + value**2:.3f}" for value in values]
             files.write_text(folder / split / f"motif-{index}.csv", "\n".join(["level,temperature", *lines, ""]))
 
 
