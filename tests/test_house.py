@@ -31,6 +31,7 @@ ROWS = [
     ("models",),
     ("hf",),
     ("checkpoint.load", "checkpoint.convert", "checkpoint.hf_export", "checkpoint.model_card"),
+    ("export",),
     ("checkpoint.training", "checkpoint.async_io", "checkpoint.trainer_state", "checkpoint.whole_step"),
     ("training", "inference"),
     ("hf.memory_cache", "hf.transformers_model"),
@@ -49,6 +50,7 @@ IMPORTERS_OF_DATA = {
     "cli",
     "checkpoint.load",
     "checkpoint.convert",
+    "export",
     "checkpoint.hf_export",
 }
 FORBIDDEN = {("serving", "training"), ("training", "inference")}

@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from memtx.checkpoint.pretrained import PretrainedModel
 
 MAX_NAMES_SHOWN = 3
+EXPORT_FORMATS = ("onnx", "pt2")
 
 
 def _convert(arguments: argparse.Namespace) -> None:
+    if arguments.to in EXPORT_FORMATS:
+        _export(arguments)
+        return
     if arguments.to == "hf":
         _convert_to_hf(arguments)
         return
@@ -43,6 +47,30 @@ def _convert(arguments: argparse.Namespace) -> None:
         options.print_next_command("Serve it with", "serve", "--checkpoint", arguments.target)
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    """Write the programs of a language model for another runtime."""
+    if arguments.layout is not None:
+        message = f"--layout is given with --to {arguments.to}, which has a layout of its own."
+        raise MemtxError(message, "Remove --layout.")
+    with options.user_modules(arguments.modules):
+        from memtx.export.bundle import export_folder
+
+        result = export_folder(
+            arguments.source,
+            arguments.target,
+            format=arguments.to,
+            segment_length=arguments.segment_length or 512,
+            batch_size=arguments.batch_size,
+            window=arguments.window,
+            overwrite=arguments.overwrite,
+        )
+    sizes = ", ".join(f"{name} ({size / 1e6:,.1f} MB)" for name, size in result.num_bytes.items())
+    model = f"{result.model_class} with {result.num_parameters:,} parameters in float32"
+    state = f"a stream's state takes {result.state_bytes / 1e6:,.1f} MB"
+    sys.stdout.write(f"'{arguments.target}': {model}, from {result.source}; {state}. Files: {sizes}.\n")
+    _upload(arguments)
+
+
 def _convert_to_hf(arguments: argparse.Namespace) -> None:
     """Write a language model for transformers and, if asked to, upload it."""
     if arguments.layout is not None:
@@ -53,6 +81,7 @@ def _convert_to_hf(arguments: argparse.Namespace) -> None:
         summary = export_checkpoint(
             arguments.source,
             arguments.target,
+            window=arguments.window,
             segment_length=arguments.segment_length,
             overwrite=arguments.overwrite,
             name=arguments.push_to_hub,
@@ -83,7 +112,7 @@ def _make_change(arguments: argparse.Namespace) -> Callable[[PretrainedModel], P
             message = f"--to {arguments.to}: '{arguments.source}' holds {type(model).__name__}, not an encoder."
             raise MemtxError(message, "Give a BERT or RoBERTa.")
         if arguments.to == "longformer":
-            return long_encoder.to_longformer(model, arguments.max_length, arguments.window)
+            return long_encoder.to_longformer(model, arguments.max_length, arguments.window or 512)
         sizes = (arguments.block_size, arguments.num_random_blocks)
         return long_encoder.to_bigbird(model, arguments.max_length, *sizes)
 
@@ -98,19 +127,24 @@ def main(argv: list[str]) -> int:
         "The shards of a distributed checkpoint are merged.",
     )
     add = parser.add_argument
-    add(
-        "source",
-        help="a .ckpt file or folder, a run folder (its best checkpoint), a model folder, or user/name of the hub",
-    )
+    sparse = "give an encoder with full attention a sparse one"
+    hf = "write a language model for transformers"
+    programs = "write a language model's step as ONNX graphs, or as programs of torch.export (pt2)"
+    neighbors = "neighbors that a token sees, half on each side (default: 512)"
+    seen = "tokens that a Hugging Face decoder sees exactly (default: as many as it was trained on)"
+    source = "a .ckpt file or folder, a run folder (its best checkpoint), a model folder, or user/name of the hub"
+    add("source", help=source)
     add("target", help="folder to create")
     add("--layout", metavar="FOLDER", help="write the layout of this Hugging Face folder, which training started from")
-    sparse, hf = "give an encoder with full attention a sparse one", "write a language model for transformers"
-    add("--to", choices=("longformer", "bigbird", "hf"), help=f"{sparse}, or {hf}")
+    add("--to", choices=("longformer", "bigbird", "hf", *EXPORT_FORMATS), help=f"{sparse}; {hf}; or {programs}")
     add("--max-length", type=int, default=4096, help="--to: tokens that it reads at once; its positions are repeated")
-    add("--window", type=int, default=512, help="--to longformer: neighbors that a token sees, half on each side")
+    text = f"--to longformer: {neighbors}; --to hf, onnx and pt2: {seen}"
+    add("--window", type=options.positive_int, metavar="N", help=text)
     add("--block-size", type=int, default=64, help="--to bigbird: tokens of a block")
     add("--num-random-blocks", type=int, default=3, help="--to bigbird: random blocks that a block sees")
-    add("--segment-length", type=options.positive_int, help="--to hf: tokens read at a time (default: 512)")
+    text = "--to hf, onnx and pt2: tokens read at a time (default: 512)"
+    add("--segment-length", type=options.positive_int, metavar="N", help=text)
+    add("--batch-size", type=options.positive_int, default=1, help="--to onnx and pt2: streams that are read at once")
     add("--push-to-hub", metavar="USER/NAME", help="upload the folder to this repository of the hub")
     add("--overwrite", action="store_true", help="replace the target if it exists")
     parser.add_import_option()

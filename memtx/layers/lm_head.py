@@ -113,8 +113,10 @@ class AdaptiveEmbedding(nn.Module):
         else:
             x = self.projections[0].new_zeros(*tokens.shape, self.dim)
             for cluster, (low, high) in enumerate(self.clusters.bounds):
-                mask = (tokens >= low) & (tokens < high)
-                x = x.index_put((mask,), linear(self.tables[cluster](tokens[mask] - low), self.projections[cluster]))
+                # All tokens in every cluster, so that shapes do not depend on the tokens: lookups are cheap.
+                embedded = self.tables[cluster]((tokens - low).clamp(0, high - low - 1))
+                is_inside = ((tokens >= low) & (tokens < high))[..., None]
+                x = torch.where(is_inside, linear(embedded, self.projections[cluster]), x)
         x = x * self.dim**0.5
         return x
 
