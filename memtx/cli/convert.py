@@ -83,6 +83,7 @@ def _export(arguments: argparse.Namespace) -> None:
     model = f"{result.model_class} with {result.num_parameters:,} parameters in float32"
     state = f"a stream's state takes {result.state_bytes / 1e6:,.1f} MB"
     sys.stdout.write(f"'{arguments.target}': {model}, from {result.source}; {state}. Files: {sizes}.\n")
+    _upload(arguments)
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
