@@ -32,15 +32,19 @@ REMARKS = (
 
 
 def make_choice(draw: random.Random) -> dict[str, Any]:
-    """Return a story in which people move, a question on the last move of one, and four places."""
+    """Return a story in which people move, a question on the last move of one, and three places that are not in it."""
+    places = draw.sample(PLACES, len(PLACES))
     people = draw.sample(NAMES, 3)
-    moves = [(draw.choice(people), draw.choice(PLACES)) for _ in range(draw.randint(3, 6))]
+    moves = [(draw.choice(people), draw.choice(places[3:])) for _ in range(draw.randint(2, 4))]
     name, _ = draw.choice(moves)
     answer = next(place for person, place in reversed(moves) if person == name)
-    others = draw.sample([place for place in PLACES if place != answer], 3)
-    choices = draw.sample([answer, *others], 4)
     text = " ".join(f"{person} went to the {place}." for person, place in moves)
-    return {"text": text, "question": f"Where is {name}?", "choices": choices, "label": answer}
+    return {
+        "text": text,
+        "question": f"Where is {name}?",
+        "choices": draw.sample([answer, *places[:3]], 4),
+        "label": answer,
+    }
 
 
 def make_dialogue(draw: random.Random) -> dict[str, Any]:
