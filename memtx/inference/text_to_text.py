@@ -90,7 +90,8 @@ class TextToText(BasePredictor):
             self.sampling_params = replace(params, **{"greedy": is_greedy, **sampling})  # type: ignore[arg-type]
         elif num_beams is not None:
             self.sampling_params = None
-        num_beams = num_beams or (1 if sampling else self.options.num_beams)
+        if num_beams is None:
+            num_beams = 1 if sampling else self.options.num_beams
         if num_beams > 1 and self.sampling_params is not None:
             raise MemtxError(f"num_beams is {num_beams}, but a single target is sampled.", "Give num_beams 1.")
         self.options, self.seed = replace(self.options, num_beams=num_beams), seed
