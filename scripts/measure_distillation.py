@@ -302,7 +302,8 @@ def take_examples(source: Path, target: Path, count: int) -> None:
 def run_experiment(name: str, seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Train and measure an experiment with one seed; return a row for each model."""
     runs = train_tinybert(seed, arguments) if name == "tinybert" else train_experiment(name, seed, arguments)
-    report_options, data = [], arguments.output_dir / "conll2000-part"
+    report_options: list[str] | None = []
+    data = arguments.output_dir / "conll2000-part"
     if name != "tinybert":
         report_options, data = EXPERIMENTS[name].report_options, arguments.data / EXPERIMENTS[name].data
     report_path = arguments.output_dir / f"{name}-{seed}.json"
