@@ -136,7 +136,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Return ``value`` as indented JSON."""
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

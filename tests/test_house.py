@@ -30,9 +30,10 @@ ROWS = [
     ("layers", "checkpoint"),
     ("models",),
     ("hf",),
-    ("checkpoint.load", "checkpoint.convert"),
+    ("checkpoint.load", "checkpoint.convert", "checkpoint.hf_export", "checkpoint.model_card"),
     ("checkpoint.training", "checkpoint.async_io", "checkpoint.trainer_state", "checkpoint.whole_step"),
     ("training", "inference"),
+    ("hf.memory_cache", "hf.transformers_model"),
     ("serving", "evaluation"),
     ("cli", "__main__"),
 ]
@@ -48,6 +49,7 @@ IMPORTERS_OF_DATA = {
     "cli",
     "checkpoint.load",
     "checkpoint.convert",
+    "checkpoint.hf_export",
 }
 FORBIDDEN = {("serving", "training"), ("training", "inference")}
 # Importing Lightning takes seconds, so only these files do.

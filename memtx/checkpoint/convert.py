@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,11 +54,41 @@ def convert(
         CheckpointError: The source cannot be loaded, or its model does not have the layout.
         MemtxError: The target exists, or cannot be written.
     """
+    with open_target(source, target, overwrite=overwrite) as (path, folder):
+        return _write(path, folder, layout, change)
+
+
+@contextlib.contextmanager
+def open_target(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], *, overwrite: bool
+) -> Iterator[tuple[Path, Path]]:
+    """Yield the path of a stored model and a temporary folder to create, which becomes the target on success.
+
+    Raises CheckpointError if there is no such model, and MemtxError if the target exists and ``overwrite`` is False, is
+    the source, or cannot be written.
+    """
     source, target = pretrained.resolve_model_path(source), Path(target)
     if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
         raise MemtxError(f"'{target}' already exists.", "Give another folder, or add --overwrite.")
     if source.resolve() == target.resolve():
         raise MemtxError(f"'{target}' is the source.", "Give another folder.")
+    temporary = files.temporary_path(target)
+    try:
+        yield source, temporary
+        files.replace(temporary, target)
+    except OSError as error:
+        raise files.write_failed_error(target, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(
+    source: Path,
+    folder: Path,
+    layout: str | os.PathLike[str] | None,
+    change: Callable[[pretrained.PretrainedModel], pretrained.PretrainedModel] | None,
+) -> ConversionResult:
+    """Write the model of a source into a folder; arguments as in :func:`convert`."""
     checkpoint = load(source)
     model = checkpoint.model if change is None else change(checkpoint.model)
     texts = {pretrained.SIDECAR_FILES[name]: text for name, text in checkpoint.sidecars.items()}
@@ -66,18 +97,11 @@ def convert(
         # A published folder names its end tokens in other files, which memtx's format does not have.
         texts[tokenizer_path.name] = load_tokenizer(tokenizer_path).to_json()
     dropped_weights: list[str] = []
-    temporary = files.temporary_path(target)
-    try:
-        if layout is None:
-            model.save_pretrained(temporary)
-        else:
-            dropped_weights = hf.save(model, temporary, layout=layout)
-        for name, text in texts.items():
-            files.write_text(temporary / name, text)
-        files.replace(temporary, target)
-    except OSError as error:
-        raise files.write_failed_error(target, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if layout is None:
+        model.save_pretrained(folder)
+    else:
+        dropped_weights = hf.save(model, folder, layout=layout)
+    for name, text in texts.items():
+        files.write_text(folder / name, text)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return ConversionResult(source, type(model).__name__, num_parameters, sorted(texts), dropped_weights)

@@ -47,20 +47,23 @@ class LoadedCheckpoint:
         return self.model
 
 
-def load(path: str | os.PathLike[str], window: int | None = None) -> LoadedCheckpoint:
+def load(path: str | os.PathLike[str], window: int | None = None, revision: str | None = None) -> LoadedCheckpoint:
     """Load a model in eval mode, on the CPU, in the dtype of its stored weights.
 
     Args:
         path: Run folder (loads its best checkpoint, else the newest); training checkpoint (a file, or a folder if
-            sharded); pretrained folder; or Hugging Face folder (config.json with a ``model_type``).
+            sharded); pretrained folder; Hugging Face folder (config.json with a ``model_type``); or ``user/name`` of
+            the Hugging Face hub for any folder there, unless there is such a path.
         window: Exact positions seen by a Hugging Face decoder. Defaults to its trained length. Layers trained with
             a narrower window keep it.
+        revision: Branch, tag or commit on the hub. Defaults to the main branch.
 
     Raises:
-        CheckpointError: The model is missing, damaged, untrusted, or its tensors do not fit the configuration.
+        CheckpointError: The model is missing, damaged, untrusted, or its tensors do not fit the configuration; or the
+            hub cannot be reached.
         MemtxError: ``window`` is given for a model that is not a Hugging Face decoder.
     """
-    path = pretrained.resolve_model_path(path)
+    path = pretrained.resolve_model_path(path, revision)
     is_folder = (path / pretrained.CONFIG_FILE).is_file()
     if is_folder and hf.is_hf_folder(path):
         return LoadedCheckpoint(path, hf.load(path, window), pretrained.read_sidecars(path), {})
@@ -79,9 +82,11 @@ def load(path: str | os.PathLike[str], window: int | None = None) -> LoadedCheck
     return LoadedCheckpoint(path, model, pretrained.sidecars_from_checkpoint(checkpoint), checkpoint)
 
 
-def from_pretrained(path: str | os.PathLike[str], window: int | None = None) -> PretrainedModel:
+def from_pretrained(
+    path: str | os.PathLike[str], window: int | None = None, revision: str | None = None
+) -> PretrainedModel:
     """Load a model of any class; arguments and errors as in :func:`load`."""
-    return load(path, window).model
+    return load(path, window, revision).model
 
 
 def load_model_and_tokenizer(

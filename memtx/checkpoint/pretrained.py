@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from memtx import class_config, files
-from memtx.checkpoint import checksummed_zip, sharded
+from memtx.checkpoint import checksummed_zip, hub, sharded
 from memtx.checkpoint.lora import LoRAConfig, merge_lora
-from memtx.errors import CheckpointError, corrupt_checkpoint_error
+from memtx.errors import CheckpointError, MemtxError, corrupt_checkpoint_error
 
 FORMAT = "memtx.model"
 FORMAT_VERSION = 2
@@ -81,20 +81,45 @@ class PretrainedModel(nn.Module):
         adapters = self.adapter_config
         return weights if adapters is None else merge_lora(weights, adapters.rank, adapters.alpha)
 
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write model.safetensors, then config.json, into a folder; raises MemtxError if it cannot be written."""
+    def save_pretrained(self, path: str | os.PathLike[str], *, hf: bool = False, **options: Any) -> None:
+        """Write model.safetensors, then config.json, into a folder.
+
+        Args:
+            path: Folder.
+            hf: If True, write a language model for ``AutoModelForCausalLM.from_pretrained(path,
+                trust_remote_code=True)`` of ``transformers``, with a model card.
+            **options: With ``hf``, arguments of :func:`memtx.checkpoint.hf_export.export`, such as ``tokenizer``.
+
+        Raises:
+            MemtxError: The folder cannot be written, or ``transformers`` cannot use the model.
+        """
+        if hf:
+            importlib.import_module("memtx.checkpoint.hf_export").export(self, path, **options)
+            return
+        if options:
+            raise MemtxError(f"save_pretrained got {next(iter(options))} without hf=True.", "Add hf=True.")
         weights = drop_tied_aliases(self.merged_state_dict())
         files.save_tensors(Path(path) / WEIGHTS_FILE, weights, kind=FORMAT, version=FORMAT_VERSION)
         files.write_json(Path(path) / CONFIG_FILE, describe_model(self))
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload a language model as ``save_pretrained(..., hf=True)`` writes it, and return the commit's URL.
+
+        Options and errors as in :func:`memtx.checkpoint.hf_export.push`, such as ``tokenizer``, ``private`` and
+        ``revision``.
+        """
+        return str(importlib.import_module("memtx.checkpoint.hf_export").push(self, repo_id, **options))
+
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], window: int | None = None) -> Self:
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], window: int | None = None, revision: str | None = None
+    ) -> Self:
         """Load a model in eval mode on the CPU; raises CheckpointError if it is of another class.
 
         Arguments and other errors as in :func:`memtx.checkpoint.load.load`.
         """
         # Imported by name, because the loader knows layouts that models must not depend on.
-        return cast(Self, importlib.import_module("memtx.checkpoint.load").load(path, window).model_as(cls))
+        return cast(Self, importlib.import_module("memtx.checkpoint.load").load(path, window, revision).model_as(cls))
 
 
 def describe_model(model: PretrainedModel) -> dict[str, Any]:
@@ -102,12 +127,17 @@ def describe_model(model: PretrainedModel) -> dict[str, Any]:
     return {"format": FORMAT, "version": FORMAT_VERSION, **model.config}
 
 
-def resolve_model_path(path: str | os.PathLike[str]) -> Path:
+def resolve_model_path(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     """Return the checkpoint or pretrained folder that ``path`` stands for: for a run folder, its best checkpoint.
 
-    Raises CheckpointError if the path is missing, or a folder without either.
+    A path ``user/name`` that does not exist stands for a repository of the Hugging Face hub, which is downloaded, of a
+    ``revision`` if given. Raises CheckpointError if the path is missing, or a folder without either.
     """
+    if hub.is_repo_id(path):
+        return hub.download(os.fspath(path), revision)
     path = Path(path)
+    if revision is not None:
+        raise CheckpointError(f"revision ({revision}) is given, but '{path}' is a local path.", "Remove revision.")
     if not path.exists():
         raise CheckpointError(f"'{path}' does not exist.", "Give a checkpoint, a run folder or a pretrained folder.")
     return find_checkpoint(path) if path.is_dir() and not (path / CONFIG_FILE).is_file() else path

@@ -17,6 +17,9 @@ MAX_NAMES_SHOWN = 3
 
 
 def _convert(arguments: argparse.Namespace) -> None:
+    if arguments.to == "hf":
+        _convert_to_hf(arguments)
+        return
     with options.user_modules(arguments.modules):
         from memtx.checkpoint.convert import convert
 
@@ -37,6 +40,30 @@ def _convert(arguments: argparse.Namespace) -> None:
         )
     else:
         options.print_next_command("Serve it with", "serve", "--checkpoint", arguments.target)
+
+
+def _convert_to_hf(arguments: argparse.Namespace) -> None:
+    """Write a language model for transformers and, if asked to, upload it."""
+    if arguments.layout is not None:
+        raise MemtxError("--layout is given with --to hf, which has a layout of its own.", "Remove --layout.")
+    with options.user_modules(arguments.modules):
+        from memtx.checkpoint import hub
+        from memtx.checkpoint.hf_export import export_checkpoint
+
+        summary = export_checkpoint(
+            arguments.source,
+            arguments.target,
+            segment_length=arguments.segment_length,
+            overwrite=arguments.overwrite,
+            name=arguments.push_to_hub,
+        )
+        message = f"'{arguments.target}': {summary.model_class} with {summary.num_parameters:,} parameters, and "
+        sys.stdout.write(f"{message}{', '.join(summary.extra_files)}; from {summary.source}.\n")
+        if arguments.push_to_hub is not None:
+            sys.stdout.write(f"Uploaded: {hub.upload(arguments.target, arguments.push_to_hub)}\n")
+    sys.stdout.write(
+        f"Open it with AutoModelForCausalLM.from_pretrained({arguments.target!r}, trust_remote_code=True).\n"
+    )
 
 
 def _make_change(arguments: argparse.Namespace) -> Callable[[PretrainedModel], PretrainedModel]:
@@ -67,11 +94,14 @@ def main(argv: list[str]) -> int:
     add("source", help="a .ckpt file or folder, a run folder (its best checkpoint) or a model folder")
     add("target", help="folder to create")
     add("--layout", metavar="FOLDER", help="write the layout of this Hugging Face folder, which training started from")
-    add("--to", choices=("longformer", "bigbird"), help="give an encoder with full attention a sparse one")
+    sparse, hf = "give an encoder with full attention a sparse one", "write a language model for transformers"
+    add("--to", choices=("longformer", "bigbird", "hf"), help=f"{sparse}, or {hf}")
     add("--max-length", type=int, default=4096, help="--to: tokens that it reads at once; its positions are repeated")
     add("--window", type=int, default=512, help="--to longformer: neighbors that a token sees, half on each side")
     add("--block-size", type=int, default=64, help="--to bigbird: tokens of a block")
     add("--num-random-blocks", type=int, default=3, help="--to bigbird: random blocks that a block sees")
+    add("--segment-length", type=options.positive_int, help="--to hf: tokens read at a time (default: 512)")
+    add("--push-to-hub", metavar="USER/NAME", help="--to hf: upload the folder to this repository")
     add("--overwrite", action="store_true", help="replace the target if it exists")
     parser.add_import_option()
     return parser.run(argv, _convert)

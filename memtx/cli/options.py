@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
         """Parse the arguments, call ``body`` with them and return the exit code of :func:`run`."""
         arguments = self.parse(argv)
         arguments.argv = argv
-        return run(lambda: body(arguments), traceback=arguments.traceback)
+        return run(lambda: body(_with_local_checkpoint(arguments)), traceback=arguments.traceback)
 
     def error(self, message: str) -> NoReturn:
         """Write one line on stderr and exit with code 2."""
@@ -82,7 +82,9 @@ class Parser(argparse.ArgumentParser):
         If ``window`` is True, add ``--window`` too.
         """
         if checkpoint:
-            text = "a .ckpt file, a run folder (its best checkpoint) or a model folder"
+            text = (
+                "a .ckpt file, a run folder (its best checkpoint), a model folder, or user/name[@revision] of the hub"
+            )
             self.add_argument("--checkpoint", required=True, help=text)
         if segment_length is not None:
             self.add_argument("--segment-length", type=positive_int, default=segment_length, help="tokens per call")
@@ -326,6 +328,18 @@ def command_line(*words: str) -> str:
     name = Path(path).name
     is_on_path = not Path(path).exists() or (name and shutil.which(name) == str(Path(path).absolute()))
     return shlex.join([name if is_on_path else path, *(["-m", "memtx"] if is_module else []), *words])
+
+
+def _with_local_checkpoint(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Return the arguments after downloading a ``--checkpoint`` of the hub, which is its folder from then on."""
+    from memtx.checkpoint import hub
+
+    name = getattr(arguments, "checkpoint", None)
+    if isinstance(name, str) and hub.is_repo_id(name):
+        arguments.checkpoint = str(hub.download(name))
+        if getattr(arguments, "served_model_name", "") is None:
+            arguments.served_model_name = name.rpartition("/")[2].partition("@")[0]
+    return arguments
 
 
 def checkpoint_words(arguments: argparse.Namespace) -> list[str]:

@@ -54,8 +54,15 @@ class WeightTransform:
     slices: tuple[RowSlice, ...]
     transposed: bool = False
 
+    @property
+    def _is_copy(self) -> bool:
+        """True if the checkpoint's tensor is a tensor of the model, of any dimension."""
+        return self.slices == (RowSlice(self.slices[0].name),) and not self.transposed
+
     def checkpoint_shape(self, weights: Mapping[str, Tensor]) -> tuple[int, ...]:
         """Return the shape in the checkpoint."""
+        if self._is_copy:
+            return tuple(weights[self.slices[0].name].shape)
         parts = [part.select(weights) for part in self.slices]
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
         return shape[::-1] if self.transposed else shape
@@ -74,6 +81,9 @@ class WeightTransform:
         """Read the checkpoint's tensor into the model's tensors."""
         if self.transposed:
             self._load_transposed(weights, tensor)
+            return
+        if self._is_copy:
+            tensor.read_into(weights[self.slices[0].name])
             return
         start = 0
         for part in self.slices:

@@ -66,7 +66,12 @@ DECODERS = {
 }
 TEXT_PARTS = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text"}
 """Type of a model of text and images -> type of its text part, whose config is ``text_config``."""
-MODEL_TYPES = ENCODERS | DECODERS | {name: DECODERS[part] for name, part in TEXT_PARTS.items()}
+MODEL_TYPES = (
+    ENCODERS
+    | DECODERS
+    | {"memtx": "memtx.hf.exported:build"}
+    | {name: DECODERS[part] for name, part in TEXT_PARTS.items()}
+)
 """``model_type`` -> "module:function" that builds the model from an :class:`~memtx.hf.checkpoint.HFCheckpoint`."""
 
 

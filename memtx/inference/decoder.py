@@ -121,6 +121,17 @@ class Decoder:
             self._position[targets] = self._position[sources]
         self._host_positions = [self._host_positions[index] for index in indices]
 
+    @torch.inference_mode()
+    def reorder(self, indices: Tensor) -> None:
+        """Replace each stream by the one at its index, ``(batch,)`` int64; an index may occur twice, as in a beam."""
+        if self._state is not None:
+            self._state = self._state.select(indices)
+        else:
+            for ring in self._rings:
+                ring.compact(indices, torch.arange(self.batch_size, device=indices.device))
+            self._position[: self.batch_size] = self._position[indices]
+        self._host_positions = [self._host_positions[index] for index in indices.tolist()]
+
     def _grow(self, capacity: int) -> None:
         self._rings = [ring.resized(capacity) for ring in self._rings]
         position = self._position.new_zeros(capacity)
