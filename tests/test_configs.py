@@ -51,6 +51,15 @@ LARGE_CHARACTERS = script(
     model__scheduler__warmup_steps=4000, trainer__max_steps=400000, model__model__share_biases=True,
     test__segment_length=128, test__eval_memory=3800, test__clamp=1000,
 )  # fmt: skip
+_LOCAL, _LSH = (
+    {"class_path": f"memtx.layers.reformer.{name}",
+     "init_args": {"head_dim": 64, "num_chunks_before": 1, "dropout": 0.2, **options}}
+    for name, options in (
+        ("LocalAttention", {"chunk_length": 128}),
+        ("LSHAttention", {"chunk_length": 256, "num_hashes": 2, "num_buckets": 512}),
+    )
+)  # fmt: skip
+REFORMER_LAYERS = [_LOCAL, _LOCAL, _LSH, _LOCAL]
 TABLE: dict[str, dict[str, Row]] = {
     "transformer-xl-wt103": ADAM | WORDS | script(
         "pytorch/run_wt103_base.sh", model__model__dim=410, model__model__depth=16, model__model__heads=10,
@@ -79,6 +88,19 @@ TABLE: dict[str, dict[str, Row]] = {
     "transformer-xl-enwik8-24": ADAM | LARGE_CHARACTERS | {
         "parameters": (277, f"{XL}, table 2"), "target": ("0.99", f"{XL}, table 2"),
     },
+    "reformer-enwik8": {
+        path.replace("__", "."): (value, "google/trax, trax/supervised/configs/reformer_enwik8.gin")
+        for path, value in {
+            "model__model__dim": 768, "model__model__heads": 8, "model__model__hidden_dim": 2048,
+            "model__model__dropout": 0.2, "model__model__positions__shape": [128, 512],
+            "model__model__positions__axis_dims": [256, 512], "data__segment_length": 65536, "streams": 8,
+            "model__optimizer__betas": [0.9, 0.98], "model__optimizer__eps": 1e-9,
+            "model__optimizer__lr": 7e-4,  # 0.03125 / sqrt(warm-up steps), rounded
+            "model__scheduler__class_path": "memtx.training.optimizers.WarmupInverseSqrt",
+            "model__scheduler__warmup_steps": 2000, "trainer__max_steps": 100000,
+            "model__model__attentions": REFORMER_LAYERS * 3,
+        }.items()
+    } | {"target": ("1.05", "Kitaev et al. 2020, section 5")},
     "transformer-xl-text8": ADAM | LARGE_CHARACTERS | {
         "parameters": (277, f"{XL}, table 3"), "target": ("1.08", f"{XL}, table 3"),
     },
@@ -103,7 +125,8 @@ def find_value(name: str, path: str) -> Any:
     if path == "streams":
         return lookup(content, "data.batch_size") * trainer.get("devices", 1)
     if path == "target":
-        return next((word for word in head.partition("# Target:")[2].split() if word[0].isdigit()), None)
+        words = (word.strip(",.:") for word in head.partition("# Target:")[2].split())
+        return next((word for word in words if word[0].isdigit()), None)
     if path.startswith("test."):
         option = path.removeprefix("test.")
         words = head.replace("#", " ").split()

@@ -222,3 +222,27 @@ class WarmupLinear(WarmupCosine):
 
     def _decay(self, progress: float) -> float:
         return 1.0 - progress
+
+
+class WarmupInverseSqrt(LambdaLR):
+    """Linear warm-up, then a rate that falls with the square root of the step (Vaswani et al. 2017, section 5.3).
+
+    Args:
+        optimizer: Optimizer whose learning rates, those at the end of the warm-up, are scaled.
+        warmup_steps: Optimizer steps until the full rate. Defaults to 4,000.
+
+    Raises:
+        MemtxError: warmup_steps is below 1.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: int = 4000) -> None:
+        check_at_least(1, warmup_steps=warmup_steps)
+        self.warmup_steps = warmup_steps
+        super().__init__(optimizer, self._lr_scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the progress without the settings, so that a run can resume with other settings."""
+        return {key: value for key, value in super().state_dict().items() if key not in _CONFIG_KEYS}
+
+    def _lr_scale(self, step: int) -> float:
+        return min((step + 1) / self.warmup_steps, math.sqrt(self.warmup_steps / max(step + 1, 1)))
