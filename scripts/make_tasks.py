@@ -32,17 +32,17 @@ REMARKS = (
 
 
 def make_choice(draw: random.Random) -> dict[str, Any]:
-    """Return a story in which people move, a question on the last move of one, and three places that are not in it."""
-    places = draw.sample(PLACES, len(PLACES))
+    """Return a story in which people move, a question on the last move of one, and three locations that are not in it."""
+    locations = draw.sample(PLACES, len(PLACES))
     people = draw.sample(NAMES, 3)
-    moves = [(draw.choice(people), draw.choice(places[3:])) for _ in range(draw.randint(2, 4))]
+    moves = [(draw.choice(people), draw.choice(locations[3:])) for _ in range(draw.randint(2, 4))]
     name, _ = draw.choice(moves)
-    answer = next(place for person, place in reversed(moves) if person == name)
-    text = " ".join(f"{person} went to the {place}." for person, place in moves)
+    answer = next(location for person, location in reversed(moves) if person == name)
+    text = " ".join(f"{person} went to the {location}." for person, location in moves)
     return {
         "text": text,
         "question": f"Where is {name}?",
-        "choices": draw.sample([answer, *places[:3]], 4),
+        "choices": draw.sample([answer, *locations[:3]], 4),
         "label": answer,
     }
 

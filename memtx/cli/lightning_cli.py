@@ -32,13 +32,13 @@ from memtx.cli.config import (
     put_configs_first,
     uses_class_paths,
 )
+from memtx.cli.missing_root import missing_root_error
 from memtx.cli.one_line_parser import OneLineParser, to_memtx_error
-from memtx.cli.options import command_line, print_next_command
+from memtx.cli.options import print_next_command
 from memtx.cli.overrides import expand_variables
 from memtx.data.books import BookDataModule
-from memtx.data.sources.corpus import PG19_HINT
 from memtx.data.tokenizers import tokenizer_from_json
-from memtx.errors import CheckpointError, DataError, MemtxError
+from memtx.errors import CheckpointError, MemtxError
 from memtx.ops.cpu.cpu_info import choose_precision
 from memtx.training import trackers
 from memtx.training.base_module import BaseModule, adapt_to_checkpoint
@@ -177,22 +177,8 @@ class MemtxCLI(LightningCLI):
         if data_options.get("source") is not None:
             data_options.root = "embedded"  # not read, as the source takes its place
             return
-        from memtx.data.tasks.data_module import ExampleDataModule
-        from memtx.data.tasks.examples import LAYOUT_HINT
-
         data_class = find_class(config.data.class_path) if self.subclass_mode_data else BookDataModule
-        has_examples = isinstance(data_class, type) and issubclass(data_class, ExampleDataModule)
-        content, hint = ("examples", LAYOUT_HINT) if has_examples else ("texts", PG19_HINT)
-        content, hint = getattr(data_class, "content_and_hint", (content, hint))
-        # The comments at the top of a shipped config say where to get its data.
-        paths = ", ".join(f"'{path}'" for path in OneLineParser.configs)
-        source = f"; see the first lines of {paths}" if paths else ""
-        if not paths and self.subcommand == "fit":
-            hint = (
-                f"Train with: {command_line('fit', '--data.root', 'FOLDER')}, or --data.root embedded for Python's "
-                f"help texts, or --config FILE. {command_line('fit', '--help')} explains all options."
-            )
-        raise DataError(f"data.root is not set, expected the folder of {content}{source}.", hint)
+        raise missing_root_error(data_class, is_fit=self.subcommand == "fit")
 
     def _restore_data_config(self, config: Any, checkpoint: dict[str, Any]) -> None:
         """Use the checkpoint's tokenizer and task, which its model was trained with."""

@@ -20,7 +20,7 @@ from memtx.data.haystack import Haystack, TokenIds, encode_ids
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import DataError
 from memtx.evaluation.accuracy import EvaluationResult, ProgressFn
-from memtx.evaluation.answers import write_answers
+from memtx.evaluation.free_answers import write_answers
 from memtx.evaluation.haystack import read_contexts
 from memtx.models.recurrent_lm import RecurrentLanguageModel
 
@@ -162,13 +162,13 @@ def _answer(
     """Return the answers; contexts of one length are read together."""
     answers = [""] * len(contexts)
     for length in dict.fromkeys(map(len, contexts)):
-        rows = [index for index, context in enumerate(contexts) if len(context) == length]
-        group = [contexts[index] for index in rows]
+        indices = [index for index, context in enumerate(contexts) if len(context) == length]
+        group = [contexts[index] for index in indices]
         state = read_contexts(model, group, tokenizer.bos_token_id, segment_length, on_progress)
-        group_questions = [questions[index] for index in rows]
+        group_questions = [questions[index] for index in indices]
         texts = write_answers(
             model, tokenizer, state, group_questions, MAX_ANSWER_TOKENS, stop=["."], segment_length=segment_length
         )
-        for index, text in zip(rows, texts, strict=True):
+        for index, text in zip(indices, texts, strict=True):
             answers[index] = text
     return answers

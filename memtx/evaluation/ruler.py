@@ -16,7 +16,7 @@ from memtx.data.sources.base import Document
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import DataError
 from memtx.evaluation.accuracy import EvaluationResult, ProgressFn
-from memtx.evaluation.answers import write_answers
+from memtx.evaluation.free_answers import write_answers
 from memtx.evaluation.haystack import read_contexts
 from memtx.evaluation.ruler_prompts import RULER_TASKS, RulerSample, RulerTask, RulerTexts
 from memtx.models.recurrent_lm import RecurrentLanguageModel
@@ -54,12 +54,12 @@ def read_questions(path: str) -> RulerTexts:
         raise DataError(f"'{path}' has no questions ({type(error).__name__}: {error}).", hint) from error
     if not entries:
         raise DataError(f"'{path}' has no question with an answer.", hint)
-    documents = sorted({document for _, _, own, related in entries for document in (*own, *related)})
+    documents = sorted({document for _, _, answering, related in entries for document in (*answering, *related)})
     index_of = {document: index for index, document in enumerate(documents)}
     questions = []
-    for question, answers, own, related in entries:
-        own_indices = tuple(index_of[document] for document in own)
-        related_indices = tuple(index_of[document] for document in dict.fromkeys(related) if document not in own)
+    for question, answers, answering, related in entries:
+        own_indices = tuple(index_of[document] for document in answering)
+        related_indices = tuple(index_of[document] for document in dict.fromkeys(related) if document not in answering)
         questions.append((question, answers, own_indices, related_indices))
     return RulerTexts(documents=documents, questions=questions)
 
@@ -145,7 +145,7 @@ def evaluate_ruler(
     Args:
         model: Model in eval mode.
         tokenizer: Tokenizer of the model.
-        texts: What the prompts of each task are made of, by the task's name.
+        texts: Material of the prompts of each task, by the task's name.
         lengths: Tokens of prompt and answer.
         num_samples: Prompts per task and length; the benchmark has 500.
         seed: Seed of the prompts.

@@ -59,7 +59,7 @@ class RulerSample:
 
 @dataclass(frozen=True)
 class RulerTexts:
-    """What prompts are made of.
+    """Material of prompts.
 
     Attributes:
         words: Different words, from which keys and lists are drawn.
@@ -242,16 +242,16 @@ def make_frequent_words(texts: RulerTexts, num_units: int, length: int, random: 
 
 def make_question(texts: RulerTexts, num_units: int, length: int, random: Random) -> RulerSample:
     """Return a question about one of many documents (qa), those related to it first among the others."""
-    query, answers, own, related = random.choice(texts.questions)
-    num_others = max(0, num_units - len(own))
+    query, answers, answering, related = random.choice(texts.questions)
+    num_others = max(0, num_units - len(answering))
     others = list(related)
     if num_others <= len(related):
         others = random.sample(related, num_others)
     else:
-        pool = [index for index in range(len(texts.documents)) if index not in {*own, *related}]
+        pool = [index for index in range(len(texts.documents)) if index not in {*answering, *related}]
         others += random.sample(pool, min(len(pool), num_others - len(related)))
         others += random.choices(range(len(texts.documents)), k=max(0, num_others - len(others)))
-    chosen = [*own, *others]
+    chosen = [*answering, *others]
     random.shuffle(chosen)
     context = "\n\n".join(f"Document {number}:\n{texts.documents[index]}" for number, index in enumerate(chosen, 1))
     return RulerSample(QUESTION_PROMPT.format(context=context, query=query), answers)

@@ -20,8 +20,8 @@ STORY = "1 Ann moved to the {0}.\n2 Bob went to the {1}.\n3 Where is Ann?\t{0}\t
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for split, places in (("train", ("garden", "office")), ("test", ("cellar", "attic"))):
-        stories = [STORY.format(*pair) for pair in itertools.permutations(places)] * 10
+    for split, locations in (("train", ("garden", "office")), ("test", ("cellar", "attic"))):
+        stories = [STORY.format(*pair) for pair in itertools.permutations(locations)] * 10
         (tmp_path / f"qa1_where_{split}.txt").write_text("".join(stories))
         (tmp_path / "books" / split).mkdir(parents=True)
         (tmp_path / "books" / split / "1.txt").write_text(BOOK.replace("moor", f"moor of {split}"))

@@ -15,8 +15,8 @@ from torch import Tensor
 from memtx.data.babi import Story
 from memtx.data.tokenizers import ByteTokenizer
 from memtx.errors import DataError
-from memtx.evaluation.answers import write_answers
 from memtx.evaluation.babilong import Prompt, collect_labels, evaluate_babilong, is_right, load_prompts
+from memtx.evaluation.free_answers import write_answers
 from memtx.evaluation.haystack import read_contexts
 from memtx.inference.generate import generate
 from memtx.inference.sampling import SamplingParams

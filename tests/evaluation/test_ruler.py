@@ -84,8 +84,8 @@ def test_needles_are_as_many_as_the_task_has(texts: dict[str, RulerTexts]) -> No
 
 def test_a_chain_of_variables_is_in_order(texts: dict[str, RulerTexts]) -> None:
     (sample,) = make_samples("vt", texts["vt"], TOKENIZER, 5000, 1, 0) or ()
-    places = [sample.prompt.index(f"VAR {name} =") for name in sample.answers]
-    assert places == sorted(places)
+    indices = [sample.prompt.index(f"VAR {name} =") for name in sample.answers]
+    assert indices == sorted(indices)
     value = re.search(rf"VAR {sample.answers[0]} = (\d+)", sample.prompt)
     assert value is not None
     assert f"the value {value[1]}, they are: " in sample.prompt

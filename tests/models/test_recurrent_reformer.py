@@ -51,9 +51,9 @@ def test_a_long_text_continues_in_a_fresh_block_and_documents_are_apart() -> Non
     second = model(TOKENS[:, 16:]).logits
     assert output.logits is not None
     torch.testing.assert_close(output.logits[:, 16:], second, rtol=0, atol=1e-12)
-    starts = torch.zeros_like(TOKENS, dtype=torch.bool)
-    starts[0, 3] = True
-    logits = stream(TOKENS, document_starts=starts).logits
+    document_starts = torch.zeros_like(TOKENS, dtype=torch.bool)
+    document_starts[0, 3] = True
+    logits = stream(TOKENS, document_starts=document_starts).logits
     alone = stream(TOKENS[:1, 3:]).logits
     assert logits is not None
     torch.testing.assert_close(logits[:1, 3:], alone, rtol=0, atol=1e-12)

@@ -53,11 +53,11 @@ def write_answers(
     while True:
         for row, index in enumerate(active):
             answers[index] += generators[index].advance(batch_logits[row]).text
-        rows = [row for row, index in enumerate(active) if generators[index].finish_reason is None]
-        if not rows:
+        kept_rows = [row for row, index in enumerate(active) if generators[index].finish_reason is None]
+        if not kept_rows:
             return answers
-        active = [active[row] for row in rows]
+        active = [active[row] for row in kept_rows]
         next_tokens = [[generators[index].next_token] for index in active]
-        output = model(torch.tensor(next_tokens, device=state.position.device), state.select(rows))
+        output = model(torch.tensor(next_tokens, device=state.position.device), state.select(kept_rows))
         assert output.logits is not None
         batch_logits, state = output.logits[:, -1], output.state
