@@ -32,7 +32,7 @@ REMARKS = (
 
 
 def make_choice(draw: random.Random) -> dict[str, Any]:
-    """Return a story in which people move, a question on the last move of one, and three locations that are not in it."""
+    """Return a story of moves, a question on the last move of one and three wrong locations."""
     locations = draw.sample(PLACES, len(PLACES))
     people = draw.sample(NAMES, 3)
     moves = [(draw.choice(people), draw.choice(locations[3:])) for _ in range(draw.randint(2, 4))]

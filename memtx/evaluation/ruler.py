@@ -54,12 +54,12 @@ def read_questions(path: str) -> RulerTexts:
         raise DataError(f"'{path}' has no questions ({type(error).__name__}: {error}).", hint) from error
     if not entries:
         raise DataError(f"'{path}' has no question with an answer.", hint)
-    documents = sorted({document for _, _, answering, related in entries for document in (*answering, *related)})
+    documents = sorted({document for _, _, sources, related in entries for document in (*sources, *related)})
     index_of = {document: index for index, document in enumerate(documents)}
     questions = []
-    for question, answers, answering, related in entries:
-        own_indices = tuple(index_of[document] for document in answering)
-        related_indices = tuple(index_of[document] for document in dict.fromkeys(related) if document not in answering)
+    for question, answers, sources, related in entries:
+        own_indices = tuple(index_of[document] for document in sources)
+        related_indices = tuple(index_of[document] for document in dict.fromkeys(related) if document not in sources)
         questions.append((question, answers, own_indices, related_indices))
     return RulerTexts(documents=documents, questions=questions)
 

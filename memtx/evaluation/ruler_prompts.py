@@ -242,16 +242,16 @@ def make_frequent_words(texts: RulerTexts, num_units: int, length: int, random: 
 
 def make_question(texts: RulerTexts, num_units: int, length: int, random: Random) -> RulerSample:
     """Return a question about one of many documents (qa), those related to it first among the others."""
-    query, answers, answering, related = random.choice(texts.questions)
-    num_others = max(0, num_units - len(answering))
+    query, answers, sources, related = random.choice(texts.questions)
+    num_others = max(0, num_units - len(sources))
     others = list(related)
     if num_others <= len(related):
         others = random.sample(related, num_others)
     else:
-        pool = [index for index in range(len(texts.documents)) if index not in {*answering, *related}]
+        pool = [index for index in range(len(texts.documents)) if index not in {*sources, *related}]
         others += random.sample(pool, min(len(pool), num_others - len(related)))
         others += random.choices(range(len(texts.documents)), k=max(0, num_others - len(others)))
-    chosen = [*answering, *others]
+    chosen = [*sources, *others]
     random.shuffle(chosen)
     context = "\n\n".join(f"Document {number}:\n{texts.documents[index]}" for number, index in enumerate(chosen, 1))
     return RulerSample(QUESTION_PROMPT.format(context=context, query=query), answers)

@@ -83,13 +83,11 @@ class RecurrentReformer(nn.Module):
         state = self.init_state(len(tokens)) if state is None else state
         outputs, blocks, positions = [], [], []
         for index, stream in enumerate(tokens):
-            first_tokens = (
-                set() if document_starts is None else set(document_starts[index].nonzero().flatten().tolist())
-            )
+            begins = set() if document_starts is None else set(document_starts[index].nonzero().flatten().tolist())
             position, block = int(state.position[index]), state.layers[0][0][index]
             used, hidden = position % self.block_length, []
-            for start, end in self._parts(position, len(stream), first_tokens):
-                position = 0 if start in first_tokens else position
+            for start, end in self._parts(position, len(stream), begins):
+                position = 0 if start in begins else position
                 used = position % self.block_length
                 part = torch.cat([block[:used], stream[start:end]])
                 hidden.append(self.reformer(part[None]).last_hidden_state[0, used:])
@@ -110,12 +108,12 @@ class RecurrentReformer(nn.Module):
         loss = nll.sum() / (labels != IGNORE_INDEX).sum().clamp(min=1)
         return MemoryOutput(None, hidden_states, next_state, loss, loss, nll.detach(), {})
 
-    def _parts(self, position: int, length: int, first_tokens: set[int]) -> Iterator[tuple[int, int]]:
+    def _parts(self, position: int, length: int, begins: set[int]) -> Iterator[tuple[int, int]]:
         """Yield the first token and the end of each part of a segment that lies in one document and one block."""
         start = 0
         while start < length:
-            position = 0 if start in first_tokens else position
-            next_start = min((index for index in first_tokens if index > start), default=length)
+            position = 0 if start in begins else position
+            next_start = min((index for index in begins if index > start), default=length)
             end = min(length, next_start, start + self.block_length - position % self.block_length)
             yield start, end
             position, start = position + end - start, end
