@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ def main() -> None:
             tokens = generator.integers(0, vocab_size, (batch_size, length))
             feeds = {"tokens": tokens, "document_starts": document_starts, **arrays}
             with torch.inference_mode():
-                eager, output = timed(lambda tokens=tokens, state=state: model(torch.from_numpy(tokens), state))
-            exported, (logits, *leaves) = timed(lambda session=session, feeds=feeds: session.run(None, feeds))
+                eager, output = timed(partial(model, torch.from_numpy(tokens), state))
+            exported, (logits, *leaves) = timed(partial(session.run, None, feeds))
             state, arrays = output.state, dict(zip(state_names, leaves, strict=True))
             times.append((eager, exported))
             difference = max(difference, float(np.abs(output.logits.numpy() - logits).max()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def cummin(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return _running(torch.minimum, x, dim)
 
 
-def logsumexp(x: Tensor, dim: Sequence[int], keepdim: bool = False) -> Tensor:
+def logsumexp(x: Tensor, dim: list[int], keepdim: bool = False) -> Tensor:
     """Compute ``torch.logsumexp``, whose ONNX operator overflows in onnxruntime for values above 88."""
     largest = x.amax(dim, keepdim=True)
     largest = largest.masked_fill(largest.isinf(), 0.0)
