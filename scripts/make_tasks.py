@@ -21,7 +21,7 @@ from benchmarking import add_data_option
 
 NUM_EXAMPLES = {"train": 2000, "validation": 200, "test": 500}
 NAMES = "Ada Ben Cleo Dan Eva Finn Gus Hana Ivo Jane".split()  # noqa: SIM905
-PLACES = "kitchen garden office hallway bathroom cellar attic stable".split()  # noqa: SIM905
+ROOMS = "kitchen garden office hallway bathroom cellar attic stable".split()  # noqa: SIM905
 CITIES = "Rome Paris Oslo Lima Cairo Tokyo Quito Delhi".split()  # noqa: SIM905
 THINGS = "cat dog boat horse car parrot house pony".split()  # noqa: SIM905
 TITLES = "Argo Bella Comet Daisy Echo Flint Ginger Hector Iris Juno Kiwi Luna Milo Nova Otto Pearl".split()  # noqa: SIM905
@@ -32,17 +32,17 @@ REMARKS = (
 
 
 def make_choice(draw: random.Random) -> dict[str, Any]:
-    """Return a story of moves, a question on the last move of one and three wrong locations."""
-    locations = draw.sample(PLACES, len(PLACES))
+    """Return a story in which people move, a question on the last move of one, and three rooms that are not in it."""
+    rooms = draw.sample(ROOMS, len(ROOMS))
     people = draw.sample(NAMES, 3)
-    moves = [(draw.choice(people), draw.choice(locations[3:])) for _ in range(draw.randint(2, 4))]
+    moves = [(draw.choice(people), draw.choice(rooms[3:])) for _ in range(draw.randint(2, 4))]
     name, _ = draw.choice(moves)
-    answer = next(location for person, location in reversed(moves) if person == name)
-    text = " ".join(f"{person} went to the {location}." for person, location in moves)
+    answer = next(room for person, room in reversed(moves) if person == name)
+    text = " ".join(f"{person} went to the {room}." for person, room in moves)
     return {
         "text": text,
         "question": f"Where is {name}?",
-        "choices": draw.sample([answer, *locations[:3]], 4),
+        "choices": draw.sample([answer, *rooms[:3]], 4),
         "label": answer,
     }
 
