@@ -53,6 +53,10 @@ def _predict(arguments: argparse.Namespace) -> None:
     if is_series_model(arguments.checkpoint):
         from memtx.cli.predict_series import predict_series
 
+        for name in GENERATION_OPTIONS:
+            if getattr(arguments, name) is not None:
+                option = f"--{name.replace('_', '-')}"
+                raise MemtxError(f"{option} is for models that make texts.", f"Remove {option}.")
         predict_series(arguments)
         return
     for name in ("forecast", "plot"):
