@@ -87,15 +87,12 @@ def _predict(arguments: argparse.Namespace) -> None:
     if is_series_model(arguments.checkpoint):
         from memtx.cli.predict_series import predict_series
 
-<<<<<<< HEAD
         if arguments.resume:
             raise MemtxError("--resume does not apply to a series.", "Remove --resume.")
-=======
         for name in GENERATION_OPTIONS:
             if getattr(arguments, name) is not None:
                 option = f"--{name.replace('_', '-')}"
                 raise MemtxError(f"{option} is for models that make texts.", f"Remove {option}.")
->>>>>>> s27-longformer2
         predict_series(arguments)
         return
     for name in ("forecast", "plot"):
@@ -216,29 +213,15 @@ def main(argv: list[str]) -> int:
     parser.add_model_options(segment_length=None)
     add("--text", action="append", metavar="TEXT", help="raw text; repeatable")
     add("--input", metavar="FILE", help="examples as JSON lines; any other file is one raw text")
-<<<<<<< HEAD
     text = "file to write the lines to instead of stdout; FILE.partial until all are written"
     add("--output", type=options.output_path, metavar="FILE", help=text)
     add("--resume", action="store_true", help="continue FILE.partial of an interrupted run with the same input")
     add("--forecast", type=options.positive_int, metavar="N", help="of a series: steps to continue it after its end")
     add("--plot", type=options.output_path, metavar="PNG", help="of a series: plot it with its predictions")
-    add(
-        "--num-beams",
-        type=int,
-        help="texts made from texts: hypotheses of the beam search; 1 takes the likeliest token",
-    )
-=======
-    add("--output", metavar="FILE", help="file to write all lines to at the end, instead of stdout")
     add("--num-beams", type=int, help="texts made from texts: hypotheses of the beam search; 1 is greedy")
->>>>>>> s27-longformer2
     add("--temperature", type=float, help="texts made from texts: sample them with this temperature; 0 is greedy")
     add("--top-k", type=int, help="sample from the k most likely tokens; 0 keeps all")
     add("--top-p", type=float, help="sample from the most likely tokens with a total probability of p")
     add("--repetition-penalty", type=float, help="values above 1 make tokens of the new text less likely")
     add("--seed", type=int, help="seed of samples")
-<<<<<<< HEAD
-=======
-    add("--forecast", type=options.positive_int, metavar="N", help="of a series: steps to continue it after its end")
-    add("--plot", type=options.output_path, metavar="PNG", help="of a series: plot it with its predictions")
->>>>>>> s27-longformer2
     return parser.run(argv, _predict)
