@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from memtx.data.batch import PinnedTransfer, check_options, limit_epochs, rank_and_world_size
+from memtx.data.hf_tokenizers import HFTokenizer
 from memtx.data.shards import TokenStore
 from memtx.data.sources.base import SPLITS, Corpus, CorpusManifest, TextSource
 from memtx.data.sources.corpus import open_corpus
@@ -26,7 +28,7 @@ from memtx.data.tokenized_corpus import (
     tokenize_corpus,
     train_tokenizer,
 )
-from memtx.data.tokenizers import ByteTokenizer, Tokenizer, tokenizer_from_json
+from memtx.data.tokenizers import BackendTokenizer, ByteTokenizer, Tokenizer, tokenizer_from_json
 from memtx.errors import CheckpointError, MemtxError
 from memtx.files import default_cache_dir
 
@@ -95,11 +97,37 @@ class BookDataModule(PinnedTransfer, LightningDataModule):
         self._token_stores: dict[str, TokenStore] = {}
         self._streams: DocumentStreams | None = None
         self._restored_position: dict[str, Any] | None = None
+        self._epoch_shape = batch_size, self.length  # whose batches an epoch has
+        self._before_batch: Callable[[], None] | None = None
+
+    def change_batches(self, batch_size: int, segment_length: int) -> None:
+        """Change the next training batches to other numbers of streams and of tokens per segment.
+
+        Documents go on where they are, as when a run resumes with other numbers; an epoch keeps its number of batches.
+        """
+        self.batch_size, self.segment_length = batch_size, segment_length
+        self.length = segment_length * self.bptt_segments
+        if self._streams is not None:
+            self._streams.resize(batch_size, self.length)
+
+    def on_next_batch(self, before_batch: Callable[[], None]) -> None:
+        """Call a function before each training batch is read; it may call :meth:`change_batches`."""
+        self._before_batch = before_batch
 
     @property
     def vocab_size(self) -> int:
-        """Vocabulary size; known before any text is read."""
+        """Vocabulary size; known before any text is read, except that of a tokenizer that keeps all words."""
+        if not self.tokenizer.knows_vocab_size:
+            self._train_tokenizer()
         return self.tokenizer.vocab_size
+
+    @property
+    def mask_token_id(self) -> int | None:
+        """Id of the mask token of a tokenizer that has one, such as BERT's or RoBERTa's; None for others."""
+        if isinstance(self.tokenizer, HFTokenizer):
+            self._train_tokenizer()
+        tokenizer = self.tokenizer
+        return tokenizer.find_mask_token() if isinstance(tokenizer, BackendTokenizer) and tokenizer.is_trained else None
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -163,8 +191,10 @@ class BookDataModule(PinnedTransfer, LightningDataModule):
         Raises CheckpointError if a restored position is in other data.
         """
         store, ranks = self.token_store("train"), rank_and_world_size(self.trainer)
-        streams = DocumentStreams(store, self.batch_size, self.length, self.seed, *ranks)
+        streams = DocumentStreams(store, *self._epoch_shape, self.seed, *ranks)
         limit_epochs(streams, self.trainer)
+        streams.resize(self.batch_size, self.length)
+        streams.before_batch = self._before_batch
         if self._streams is not None:  # called again within a run
             streams.load_state_dict(self._streams.state_dict())
         elif self._restored_position is not None:

@@ -12,6 +12,11 @@ from memtx import files
 from memtx.errors import DataError
 
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILES = (
+    *(TOKENIZER_FILE, "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "*.model"),
+)
+"""Files of a published folder's tokenizer."""
 CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
 
 
@@ -59,6 +64,8 @@ def parse_backend(text: str, name: str) -> Any:
     try:
         description = json.loads(text)
         if isinstance(description, dict):
+            if str(description.get("format")).startswith("memtx."):
+                description = dict(description["model"])  # the library's part of a file of memtx
             description |= {"truncation": None, "padding": None}
             if isinstance(model := description.get("model"), dict) and model.get("dropout"):
                 model["dropout"] = None
