@@ -1,4 +1,4 @@
-"""Plots as PNG files: surprisal along a book, loss curves, accuracy by distance, comparisons of models and seeds.
+"""Plots as PNG files: surprisal along a book, losses, accuracy by distance, series, comparisons of models and seeds.
 
 Every function writes its file atomically, and raises MemtxError for empty columns, columns of unequal length, or a file
 that cannot be written. Figures are created without pyplot, whose global state is not thread-safe.
@@ -321,4 +321,44 @@ def plot_intervals(
         axes.set_yticks(range(len(intervals)), list(intervals)[::-1], fontsize=8, color=TEXT_COLOR)
         axes.set_ylim(-0.6, len(intervals) - 0.4)
         axes.tick_params(labelbottom=True)
+    _save_figure(figure, path)
+
+
+def plot_series(
+    path: str | os.PathLike[str],
+    values: ArrayLike | None,
+    mean: ArrayLike,
+    std: ArrayLike | None = None,
+    forecast: ArrayLike | None = None,
+    *,
+    steps_ahead: int = 1,
+    title: str = "Series",
+    max_steps: int = 240,
+) -> None:
+    """Draw the newest ``max_steps`` of a series with its predictions, two standard deviations, and a forecast.
+
+    ``values`` and ``mean`` are ``(n,)``, the series (None if it is not known) and the prediction made after each step
+    for ``steps_ahead`` steps later; ``forecast`` continues the predictions.
+    """
+    predicted = _as_equal_columns(mean=mean)[0]
+    first = max(0, len(predicted) - max_steps)
+    figure = _create_figure(10, 3.8)
+    axes = figure.subplots()
+    _style_axes(axes, title, "step", "")
+    steps = np.arange(first, len(predicted)) + steps_ahead
+    if std is not None:
+        band = 2 * _as_equal_columns(mean=mean, std=std)[1][first:]
+        low, high = predicted[first:] - band, predicted[first:] + band
+        axes.fill_between(steps, low, high, color=BLUE, alpha=0.18, linewidth=0, label="two standard deviations")
+    if values is not None:
+        series = _as_equal_columns(mean=mean, values=values)[1][first:]
+        axes.plot(steps - steps_ahead, series, color=TEXT_COLOR, linewidth=1.0, label="series")
+    name = f"predicted {steps_ahead} step{'s' * (steps_ahead != 1)} before"
+    axes.plot(steps, predicted[first:], color=BLUE, linewidth=1.3, label=name)
+    if forecast is not None:
+        future = _as_equal_columns(forecast=forecast)[0]
+        axes.plot(len(predicted) + np.arange(len(future)), future, color=ORANGE, linewidth=1.6, label="forecast")
+        axes.axvline(len(predicted) - 0.5, color=MUTED_COLOR, linewidth=0.9, linestyle=DASHED)
+    legend: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
+    axes.legend(frameon=False, fontsize=8, labelcolor=TEXT_COLOR, **legend)
     _save_figure(figure, path)

@@ -62,6 +62,7 @@ LIGHTNING_IMPORTERS = (
     "data/books.py",
     "data/tasks/data_module.py",
     "data/synthetic_tasks/data_module.py",
+    "data/series/data_module.py",
     "cli/fit.py",
     "cli/lightning_cli.py",
     "cli/one_line_parser.py",

@@ -38,6 +38,7 @@ SIDECAR_FILES = {
     "task": "task.json",
     "summary": "summary.json",
     "text_to_text": "text_to_text.json",
+    "series": "series.json",
 }
 """JSON texts stored with a model, by name, and their files in a pretrained folder."""
 
@@ -196,7 +197,8 @@ def sidecars_from_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, str]:
     """Return the texts that a checkpoint stores with its model, by the names in ``SIDECAR_FILES``."""
     # Lightning names the entry after the data module's class, which may be a user's subclass.
     entries = (entry for entry in checkpoint.values() if isinstance(entry, Mapping))
-    entry = next((entry for entry in entries if isinstance(entry.get("tokenizer"), str)), {})
+    keys = ("tokenizer", "series")
+    entry = next((entry for entry in entries if any(isinstance(entry.get(key), str) for key in keys)), {})
     return {name: entry[name] for name in SIDECAR_FILES if isinstance(entry.get(name), str)}
 
 

@@ -88,7 +88,7 @@ class MemtxCLI(LightningCLI):
             parser.link_arguments("data.segment_length", "model.segment_length")
             parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
             return
-        for key in ("vocab_size", "segment_length", "num_labels", "mask_token_id"):
+        for key in ("vocab_size", "segment_length", "num_labels", "mask_token_id", "input_dim", "output_dim"):
             # Linked from the object: if an attribute is missing, Lightning reads all data for its error message.
             parser.link_arguments(
                 "data", f"model.init_args.{key}", lambda data, key=key: getattr(data, key, None), apply_on="instantiate"
@@ -137,6 +137,9 @@ class MemtxCLI(LightningCLI):
         if self.subcommand != "fit":
             self._check_data_config(config)
             self._restore_data_config(config, self._checkpoint)
+        if self.subcommand == "predict" and "series" in pretrained.sidecars_from_checkpoint(self._checkpoint):
+            hint = f"Use memtx predict FILE --checkpoint {run_dir}, or memtx test for the test series."
+            raise MemtxError("--run_dir and --ckpt_path are for the test texts of a language model.", hint)
         if self.subcommand == "predict" and config.return_predictions is None:
             config.return_predictions = False
 
@@ -166,6 +169,7 @@ class MemtxCLI(LightningCLI):
         data_class = find_class(config.data.class_path) if self.subclass_mode_data else BookDataModule
         has_examples = isinstance(data_class, type) and issubclass(data_class, ExampleDataModule)
         content, hint = ("examples", LAYOUT_HINT) if has_examples else ("texts", PG19_HINT)
+        content, hint = getattr(data_class, "content_and_hint", (content, hint))
         # The comments at the top of a shipped config say where to get its data.
         paths = ", ".join(f"'{path}'" for path in OneLineParser.configs)
         source = f"; see the first lines of {paths}" if paths else ""
@@ -273,6 +277,8 @@ class MemtxCLI(LightningCLI):
         sidecars = pretrained.read_sidecars(pretrained.resolve_model_path(path))
         if not sidecars.keys().isdisjoint(pretrained.TASK_SIDECARS):
             print_next_command("Use it with", "predict", "--checkpoint", path, "--text", "TEXT")
+        elif "series" in sidecars:
+            print_next_command("Predict a series with", "predict", "FILE", "--checkpoint", path)
         elif not isinstance(self.model, LanguageModule):
             print_next_command("Convert it to a model folder with", "convert", path, "FOLDER")
         elif "tokenizer" in sidecars:

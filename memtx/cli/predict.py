@@ -45,6 +45,16 @@ def _read_inputs(arguments: argparse.Namespace) -> list[Input]:
 
 
 def _predict(arguments: argparse.Namespace) -> None:
+    from memtx.inference.series import is_series_model
+
+    if is_series_model(arguments.checkpoint):
+        from memtx.cli.predict_series import predict_series
+
+        predict_series(arguments)
+        return
+    for name in ("forecast", "plot"):
+        if getattr(arguments, name) is not None:
+            raise MemtxError(f"--{name} is for models of series.", f"Remove --{name}.")
     inputs = _read_inputs(arguments)
     from memtx import files
     from memtx.inference.predictor import is_task_model
@@ -97,7 +107,7 @@ def main(argv: list[str]) -> int:
         "memtx predict",
         "Print the predictions of a task model as JSON lines with label, tags and spans, or answer. With --run_dir or "
         "--ckpt_path of a language model, read the test texts of that run and write the surprisal of every token to "
-        "the run folder.",
+        "the run folder. With a model of series, FILE is a CSV file or a NumPy array; - reads CSV lines as they come.",
     )
     add = parser.add_argument
     add("source", nargs="?", metavar="FILE", help="same as --input; - reads standard input")
@@ -105,4 +115,6 @@ def main(argv: list[str]) -> int:
     add("--text", action="append", metavar="TEXT", help="raw text; repeatable")
     add("--input", metavar="FILE", help="examples as JSON lines; any other file is one raw text")
     add("--output", metavar="FILE", help="file to write all lines to at the end, instead of stdout")
+    add("--forecast", type=options.positive_int, metavar="N", help="of a series: steps to continue it after its end")
+    add("--plot", type=options.output_path, metavar="PNG", help="of a series: plot it with its predictions")
     return parser.run(argv, _predict)

@@ -1,4 +1,4 @@
-"""Batches of token streams, and what all data loaders share: resumable iteration, option checks, ranks."""
+"""Batches of streams, and what all data loaders share: resumable iteration, option checks, ranks."""
 
 from __future__ import annotations
 
@@ -40,6 +40,25 @@ class Batch(NamedTuple):
     num_bytes: Tensor
 
 
+class SequenceBatch(NamedTuple):
+    """Streams of vectors that continue where the previous batch ended.
+
+    Attributes:
+        inputs: ``(batch, length, input_dim)`` float.
+        labels: ``(batch, length, output_dim)`` float, the vector to predict at each step; NaN where nothing is scored.
+        document_starts: ``(batch, length)`` bool, True where a series or an episode begins.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    document_starts: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """One element per step, which callbacks count."""
+        return self.document_starts
+
+
 class PinnedTransfer:
     """A mixin of data modules: batches move to a GPU from pinned memory, so that the host does not wait for them."""
 
@@ -67,7 +86,7 @@ class ResumableBatches(ABC):
         self.position, self.repeats = 0, False
 
     @abstractmethod
-    def get_batch(self, step: int) -> Batch:
+    def get_batch(self, step: int) -> Any:
         """Return the batch of a step, ``(batch, length)``; steps count from the start of the first epoch."""
 
     def __len__(self) -> int:
@@ -78,7 +97,7 @@ class ResumableBatches(ABC):
         """Return the step of the batch at a position."""
         return position % self.steps_per_epoch if self.repeats else position
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         stop = (self.position // self.steps_per_epoch + 1) * self.steps_per_epoch
         while self.position < stop:
             batch = self.get_batch(self.step_at(self.position))

@@ -11,8 +11,8 @@ import heapq
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -124,7 +124,7 @@ def read_batch(
     document_starts = np.ones(shape, dtype=np.bool_)
     num_words, num_bytes = np.zeros(len(streams), dtype=np.int64), np.zeros(len(streams), dtype=np.int64)
     for row, stream in enumerate(streams):
-        for span in _iter_spans(store, plan, stream, start, min(stop, end_offset)):
+        for span in iter_spans(store, plan, stream, start, min(stop, end_offset)):
             # One token more than is read: the last label, if the document continues.
             text = store.slice_tokens(span.document, span.first, span.end + 1)
             num_tokens = int(store.lengths[span.document])
@@ -140,7 +140,7 @@ def read_batch(
     return Batch(*map(torch.from_numpy, (tokens, labels, document_starts, num_words, num_bytes)))
 
 
-class _Span(NamedTuple):
+class Span(NamedTuple):
     """Tokens of one document in a stream's part of a batch."""
 
     document: int  # index
@@ -150,7 +150,7 @@ class _Span(NamedTuple):
     is_start: bool  # True if the stream starts the document here
 
 
-def _iter_spans(store: TokenStore, plan: StreamPlan, stream: int, start: int, stop: int) -> Iterator[_Span]:
+def iter_spans(store: StreamStore, plan: StreamPlan, stream: int, start: int, stop: int) -> Iterator[Span]:
     """Yield the spans that a stream reads between two offsets."""
     for document, start_offset, first_token in plan.iter_documents(stream, start, stop):
         # Offset of the document's token 0, if the stream had read it from there.
@@ -158,7 +158,7 @@ def _iter_spans(store: TokenStore, plan: StreamPlan, stream: int, start: int, st
         first = max(start - zero_offset, first_token)
         end = min(stop - zero_offset, int(store.lengths[document]))
         if first < end:
-            yield _Span(document, zero_offset + first - start, first, end, first == first_token)
+            yield Span(document, zero_offset + first - start, first, end, first == first_token)
 
 
 def _prorate(amount: int, start: int, stop: int, count: int) -> int:
@@ -176,7 +176,22 @@ def _rank_streams(batch_size: int, length: int, rank: int, world_size: int) -> r
     return range(rank * batch_size, (rank + 1) * batch_size)
 
 
-class DocumentStreams(ResumableBatches):
+class StreamStore(Protocol):
+    """Documents, or other sequences, that streams are made of."""
+
+    lengths: NDArray[np.int64]  # (documents,), tokens or steps of each
+    fingerprint: str  # SHA-256 of the content
+
+    @property
+    def num_tokens(self) -> int:
+        """Sum of the lengths."""
+
+
+S = TypeVar("S", bound=StreamStore)
+B = TypeVar("B")
+
+
+class EndlessStreams(ResumableBatches, Generic[S]):
     """Endless streams of whole documents for training, with a position that can be set.
 
     Streams continue across batches, epochs and passes; no token is dropped and none is padding. Resumed with another
@@ -198,7 +213,7 @@ class DocumentStreams(ResumableBatches):
 
     def __init__(
         self,
-        store: TokenStore,
+        store: S,
         batch_size: int,
         length: int,
         seed: int = 0,
@@ -220,11 +235,6 @@ class DocumentStreams(ResumableBatches):
         self._assignments: list[tuple[int, int]] = []
         self._resume_step, self._resume_offset = 0, 0  # a batch, and the offset at which it starts
 
-    def get_batch(self, step: int) -> Batch:
-        """Return the batch of a step, ``(batch, length)``: a function of the arguments and the step only."""
-        start, stop = self._extend_to(step)
-        return read_batch(self.store, self._plan, self._streams, start, stop, stop)
-
     def _offset_at(self, step: int) -> int:
         return self._resume_offset + (step - self._resume_step) * self.length
 
@@ -233,16 +243,6 @@ class DocumentStreams(ResumableBatches):
         start, stop = self._offset_at(step), self._offset_at(step + 1)
         self._plan.extend_to(stop)
         return start, stop
-
-    def token_indices(self, step: int) -> Tensor:
-        """Return the index of each token of a step in the store's documents joined, ``(batch, length)`` int64."""
-        start, stop = self._extend_to(step)
-        indices = np.zeros((self.batch_size, self.length), dtype=np.int64)
-        for row, stream in enumerate(self._streams):
-            for document, position, first, end, _ in _iter_spans(self.store, self._plan, stream, start, stop):
-                span_indices = self.store.token_offsets[document] + np.arange(first, end)
-                indices[row, position : position + end - first] = span_indices
-        return torch.from_numpy(indices)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position and what identifies the data."""
@@ -293,6 +293,25 @@ class DocumentStreams(ResumableBatches):
         return plan
 
 
+class DocumentStreams(EndlessStreams[TokenStore]):
+    """Endless streams of texts; see :class:`EndlessStreams`."""
+
+    def get_batch(self, step: int) -> Batch:
+        """Return the batch of a step, ``(batch, length)``: a function of the arguments and the step only."""
+        start, stop = self._extend_to(step)
+        return read_batch(self.store, self._plan, self._streams, start, stop, stop)
+
+    def token_indices(self, step: int) -> Tensor:
+        """Return the index of each token of a step in the store's documents joined, ``(batch, length)`` int64."""
+        start, stop = self._extend_to(step)
+        indices = np.zeros((self.batch_size, self.length), dtype=np.int64)
+        for row, stream in enumerate(self._streams):
+            for document, position, first, end, _ in iter_spans(self.store, self._plan, stream, start, stop):
+                span_indices = self.store.token_offsets[document] + np.arange(first, end)
+                indices[row, position : position + end - first] = span_indices
+        return torch.from_numpy(indices)
+
+
 def _convert_position(saved: Mapping[str, Any], current: Mapping[str, Any], accumulate_grad_batches: int) -> int:
     """Return a saved position in the current batches; an unfinished epoch stays unfinished."""
     if saved["steps_per_epoch"] == current["steps_per_epoch"]:
@@ -319,7 +338,7 @@ def _describe_reassignment(plan: EndlessStreamPlan, num_streams: int, offset: in
     )
 
 
-class EvaluationStreams(FixedBatches[Batch]):
+class PackedStreams(FixedBatches[B], Generic[S, B]):
     """Every document once, in streams of whole documents with a padded end; sums over the batches are exact.
 
     The summed negative log-likelihood over the summed words is PG-19's word perplexity exactly, for any number of
@@ -330,7 +349,8 @@ class EvaluationStreams(FixedBatches[Batch]):
 
     def __init__(
         self,
-        store: TokenStore,
+        read: Callable[[S, StreamPlan, Sequence[int], int, int, int], B],
+        store: S,
         batch_size: int,
         length: int,
         rank: int = 0,
@@ -346,6 +366,11 @@ class EvaluationStreams(FixedBatches[Batch]):
         if limit_tokens is not None:
             end = min(end, math.ceil(limit_tokens / (batch_size * world_size)))
         num_batches = math.ceil(end / length)
-        super().__init__(
-            num_batches, lambda step: read_batch(store, plan, streams, step * length, (step + 1) * length, end)
-        )
+        super().__init__(num_batches, lambda step: read(store, plan, streams, step * length, (step + 1) * length, end))
+
+
+class EvaluationStreams(PackedStreams[TokenStore, Batch]):
+    """Every text once; see :class:`PackedStreams`."""
+
+    def __init__(self, store: TokenStore, *arguments: Any, **options: Any) -> None:
+        super().__init__(read_batch, store, *arguments, **options)

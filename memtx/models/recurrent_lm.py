@@ -1,4 +1,4 @@
-"""Interface of a language model that reads a stream segment by segment, and the output of one call."""
+"""Interfaces of a model and a language model that reads a stream segment by segment, and the output of one call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class MemoryOutput:
     """Output of one call.
 
     Attributes:
-        logits: ``(batch, length, vocab)``; None if labels were given, so that the logits are never stored.
+        logits: ``(batch, length, vocab)``; None if labels were given, so that the logits are never stored. Of a
+            ``SequenceModel``, the output of its head.
         hidden_states: If requested, outputs of the embedding and of every layer, each ``(batch, length, dim)``.
         state: State for the next call.
         loss: With labels, ``language_loss`` plus the auxiliary losses: the value to call ``backward`` on.
@@ -36,15 +37,8 @@ class MemoryOutput:
     aux_losses: Losses
 
 
-class RecurrentLanguageModel(Protocol):
-    """A causal language model that carries a state of fixed size from one segment to the next."""
-
-    vocab_size: int
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of configuration and weights; a state belongs to the model of equal fingerprint."""
-        ...
+class RecurrentModel(Protocol):
+    """A causal model that carries a state of fixed size from one segment to the next."""
 
     def init_state(
         self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None
@@ -62,4 +56,15 @@ class RecurrentLanguageModel(Protocol):
         return_hidden_states: bool = False,
     ) -> MemoryOutput:
         """Read one segment, as :meth:`memtx.MemoryTransformer.forward` does."""
+        ...
+
+
+class RecurrentLanguageModel(RecurrentModel, Protocol):
+    """A recurrent model of tokens."""
+
+    vocab_size: int
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of configuration and weights; a state belongs to the model of equal fingerprint."""
         ...

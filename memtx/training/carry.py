@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from memtx.errors import CheckpointError, MemtxError
 from memtx.memory.base import Memory
-from memtx.models.recurrent_lm import RecurrentLanguageModel
+from memtx.models.recurrent_lm import RecurrentModel
 from memtx.state import MemoryState
 
 DEFAULT_STATE_RESET_PROB = 0.05
@@ -29,7 +29,7 @@ class Carry:
         self._restored_tensors: dict[str, dict[str, Tensor]] = {}
         self._snapshots: dict[str, MemoryState | None] = {}
 
-    def get_state(self, stage: str, model: RecurrentLanguageModel, batch_size: int) -> MemoryState:
+    def get_state(self, stage: str, model: RecurrentModel, batch_size: int) -> MemoryState:
         """Return the state of the stage; a fresh one if there is none or the batch size changed.
 
         Raises:

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from memtx.data.batch import Batch
-from memtx.errors import MemtxError, check_at_least
+from memtx.errors import MemtxError
 from memtx.models.add_memory import Retrofit
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.sources import list_sources
 from memtx.state import MemoryState
-from memtx.training.base_module import BaseModule
-from memtx.training.carry import Carry, StateReset, restore_rank_state
 from memtx.training.compression_rates import CompressionRateSampler
-from memtx.training.distillation.language import TEACHER_STAGE, LanguageDistillation
+from memtx.training.distillation.language import LanguageDistillation
 from memtx.training.lora import LoRA, freeze_base_model
 from memtx.training.metrics import LanguageMetrics, MemoryGain
-from memtx.training.tbptt import UnrollOutput, unroll
-
-_SAVED_STAGES = {"carry": "train", "teacher": TEACHER_STAGE}
-"""Stages of the carry in a checkpoint, by key there."""
+from memtx.training.recurrent_module import RecurrentModule
+from memtx.training.tbptt import UnrollOutput
 
 
-class LanguageModule(BaseModule):
+class LanguageModule(RecurrentModule):
     """Trains a recurrent language model on streams of documents.
 
     A batch holds ``bptt_segments`` segments of every stream. Gradients flow through all of them and the memory between
@@ -63,8 +59,6 @@ class LanguageModule(BaseModule):
     """
 
     model: MemoryTransformer
-    carries_state: ClassVar[bool] = True
-    """If False, every batch starts with fresh streams."""
 
     def __init__(
         self,
@@ -83,21 +77,21 @@ class LanguageModule(BaseModule):
         state_reset_prob: float | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
-        check_at_least(1, segment_length=segment_length)
-        self.model = model(vocab_size)
-        self.model.activation_checkpointing = activation_checkpointing
+        super().__init__(
+            model(vocab_size),
+            segment_length,
+            compile=compile,
+            compile_mode=compile_mode,
+            activation_checkpointing=activation_checkpointing,
+            replay=replay,
+            state_reset_prob=state_reset_prob,
+            **options,
+        )
         self.rate_sampler = CompressionRateSampler(self.model, compression_rates)
-        self.state_reset = StateReset(self.model, state_reset_prob)
         if freeze_base:
             freeze_base_model(self.model, lora)
         elif lora is not None:
             raise MemtxError("lora adapts a frozen base, but freeze_base is false.", "Set freeze_base, or remove lora.")
-        self.segment_length, self.replay = segment_length, replay
-        if compile:
-            # In place, because a wrapper would duplicate every weight in the checkpoint.
-            self.model.compile(dynamic=False, mode=compile_mode)
-        self.carry = Carry()
         self.metrics = LanguageMetrics()
         self.memory_gain = MemoryGain(segment_length, list_sources(self.model)) if measure_memory_gain else None
         distillation = self.distillation
@@ -115,38 +109,11 @@ class LanguageModule(BaseModule):
 
     # Steps
 
-    def _initial_state(self, stage: str, batch: Batch, batch_idx: int) -> MemoryState:
-        batch_size = batch.tokens.shape[0]
-        if not self.carries_state or (stage == "train" and self._resets_every_step):
-            return self.model.init_state(batch_size)
-        overfits = stage == "train" and getattr(self.trainer, "overfit_batches", 0) > 0
-        if batch_idx == 0 and (stage != "train" or overfits):
-            # The trainer repeats the same batches in every epoch: they are to be read from the same state.
-            self.carry.reset(stage)
-        state = self.carry.get_state(stage, self.model, batch_size)
-        if stage != "train" or overfits:
-            return state
-        rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        return self.state_reset(state, seed=self.tokens_seen, rank=rank, world_size=world_size)
-
     def _read(self, stage: str, batch: Batch, state: MemoryState) -> UnrollOutput:
         loss_fn = None
         if stage == "train" and self._distillation is not None:
             loss_fn = self._distillation.make_loss_fn(self.model, batch, self.progress)
-        output = unroll(
-            self.model,
-            batch.tokens,
-            batch.labels,
-            batch.document_starts,
-            state,
-            segment_length=self.segment_length,
-            replay=self.replay and torch.is_grad_enabled(),
-            loss_fn=loss_fn,
-        )
-        if stage != "train" or not self._resets_every_step:
-            # Before any callback runs, because callbacks save checkpoints.
-            self.carry.set_state(stage, output.state)
-        return output
+        return self._unroll(stage, batch.tokens, batch, state, loss_fn)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
@@ -183,33 +150,6 @@ class LanguageModule(BaseModule):
             # The same on all ranks: their mean is that, too.
             values = {f"val_{name}": value for name, value in self.memory_gain.compute_and_reset().items()}
             self.log_dict(values, sync_dist=True)
-
-    def on_validation_end(self) -> None:
-        """Free the state of validation."""
-        self.carry.reset("val")
-
-    # Checkpoints
-
-    def step_state(self) -> dict[str, Any]:
-        """Return what a training step changes besides weights and random state, the carried states too."""
-        return {**super().step_state(), "carry": self.carry.states()}
-
-    def restore_step_state(self, state: dict[str, Any]) -> None:
-        """Go back to what :meth:`step_state` returned."""
-        super().restore_step_state(state)
-        self.carry.restore_states(state["carry"])
-
-    def rank_state(self) -> dict[str, Any]:
-        """Return the carried states."""
-        return {key: self.carry.state_dict(stage) for key, stage in _SAVED_STAGES.items()} if self.carries_state else {}
-
-    def restore_rank_states(self, states: Sequence[dict[str, Any]]) -> None:
-        """Restore the carried states; see :func:`memtx.training.carry.restore_rank_state`."""
-        rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        for key, stage in _SAVED_STAGES.items() if self.carries_state else ():
-            tensors = [state.get(key, {}) for state in states]
-            loader = self.trainer.train_dataloader
-            self.carry.load_state_dict(stage, restore_rank_state(tensors, loader, rank, world_size))
 
 
 class SummaryModule(LanguageModule):

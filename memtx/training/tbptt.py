@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from memtx.memory.base import Losses
-from memtx.models.recurrent_lm import MemoryOutput, RecurrentLanguageModel
+from memtx.models.recurrent_lm import MemoryOutput, RecurrentModel
 from memtx.ops.cross_entropy import IGNORE_INDEX
 from memtx.state import MemoryState
 
@@ -44,8 +44,13 @@ class UnrollOutput:
     state: MemoryState
 
 
+def find_scored(labels: Tensor) -> Tensor:
+    """Return the positions with a label, ``(batch, length)`` bool, of token ids or vectors as in :func:`unroll`."""
+    return (~labels.isnan()).any(-1) if labels.is_floating_point() else labels != IGNORE_INDEX
+
+
 def unroll(
-    model: RecurrentLanguageModel,
+    model: RecurrentModel,
     tokens: Tensor,
     labels: Tensor,
     document_starts: Tensor,
@@ -59,8 +64,10 @@ def unroll(
 
     Args:
         model: Model to read with.
-        tokens: ``(batch, length)`` int64; the last segment may be shorter than the others.
-        labels: ``(batch, length)`` int64, -100 where nothing is scored.
+        tokens: ``(batch, length)`` int64, or vectors ``(batch, length, input_dim)``; the last segment may be shorter
+            than the others.
+        labels: ``(batch, length)`` int64, -100 where nothing is scored, or vectors ``(batch, length, output_dim)``, NaN
+            there.
         document_starts: ``(batch, length)`` bool, True where a document begins.
         state: Detached state after the previous batch.
         segment_length: Tokens per call.
@@ -77,7 +84,7 @@ def unroll(
         )
         return (output, None) if loss_fn is None else (replace(output, hidden_states=None), loss_fn(output, part))
 
-    num_scored = (labels != IGNORE_INDEX).sum()
+    num_scored = find_scored(labels).sum()
     loss: Tensor | float = 0.0
     nll, aux_losses, named_losses = [], defaultdict(list), dict[str, Tensor]()
     for start in range(0, tokens.shape[1], segment_length):
@@ -88,7 +95,7 @@ def unroll(
         assert output.nll is not None
         # Every label has the same weight, so the mean is over the batch, not over the means of its segments.
         dtype = torch.promote_types(output.language_loss.dtype, torch.float32)
-        weight = (labels[:, part] != IGNORE_INDEX).sum().clamp(min=1).to(dtype) / num_scored.clamp(min=1)
+        weight = find_scored(labels[:, part]).sum().clamp(min=1).to(dtype) / num_scored.clamp(min=1)
         loss = loss + (output.language_loss if losses is None else sum(losses.values())) * weight
         for name, value in (losses or {}).items():
             named_losses[name] = named_losses.get(name, 0.0) + (value * weight).detach()

@@ -28,6 +28,7 @@ BOOKS = {"quickstart", "pg19", "pg19-mini", "enwik8", "enwik8-copy", "transforme
 PRETRAINING = {"longformer-mlm", "bigbird-mlm", "reformer-clm", "distilbert"}
 PRETRAINING |= {"tinybert-general", "tinybert-general-long"}
 SYNTHETIC = {"recall"}
+SERIES = {"series"}
 TASKS = {"movie-reviews": "classification", "conll2000": "tagging", "rte": "matching", "squad2": "questions"}
 SUMMARIES = {"summaries", "led-summaries"}
 BACKBONES = {*TASKS, "tinybert-task"}
@@ -41,7 +42,9 @@ def settings(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_all_configs_exist() -> None:
-    assert {path.removesuffix(".yaml") for path in NAMES} >= BOOKS | PRETRAINING | BACKBONES | SYNTHETIC | SUMMARIES
+    assert {
+        path.removesuffix(".yaml") for path in NAMES
+    } >= BOOKS | PRETRAINING | BACKBONES | SYNTHETIC | SUMMARIES | SERIES
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
@@ -86,9 +89,8 @@ def test_the_parser_accepts_it_and_the_model_has_the_claimed_size(program: Progr
         # The size of a head depends on the labels and is negligible; a mask is one more token.
         if path.stem in PRETRAINING and "mask_id" in module:
             vocabulary += 1
-        model = class_config.from_config(module["backbone" if path.stem in BACKBONES else "model"])(
-            vocab_size=vocabulary
-        )
+        sizes = {"input_dim": 1, "output_dim": 1} if path.stem in SERIES else {"vocab_size": vocabulary}
+        model = class_config.from_config(module["backbone" if path.stem in BACKBONES else "model"])(**sizes)
     count = sum(weight.numel() for weight in model.parameters())
     claimed = re.search(r"about ([\d.]+) M parameters", path.read_text(), re.IGNORECASE)
     assert claimed is not None

@@ -79,8 +79,8 @@ def test_embeddings_in_another_dtype_are_cast() -> None:
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({}, "Neither tokens nor inputs_embeds is given."),
-        ({"tokens": torch.zeros(1, 2, dtype=torch.int64), "inputs_embeds": torch.zeros(1, 2, 8)}, "Both tokens and"),
+        ({}, "Neither of tokens and inputs_embeds is given. Give one."),
+        ({"tokens": torch.zeros(1, 2, dtype=torch.int64), "inputs_embeds": torch.zeros(1, 2, 8)}, "Both of tokens and"),
         ({"inputs_embeds": torch.zeros(1, 2, 7)}, r"inputs_embeds is torch.float32 \(1, 2, 7\), expected .*length, 8"),
         ({"inputs_embeds": torch.zeros(2, 8)}, r"for a single sequence use inputs_embeds\[None\]"),
         ({"inputs_embeds": torch.zeros(1, 0, 8)}, "length at least 1"),

@@ -1,0 +1,1 @@
+"""Series of vectors in CSV and NumPy files."""
