@@ -96,6 +96,8 @@ def retrieval(window: int, rate: int, length: int) -> Make:
 
 KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "recurrent": lambda window, rate, length: partial(RecurrentMemory, window=window),
+    "recurrent-dilated": lambda window, rate, length: partial(RecurrentMemory, window=window, dilation=rate),
+    "recurrent-dilated-head": lambda window, rate, length: partial(RecurrentMemory, window=window, dilation=[rate + 1]),
     **{f"compressed-{name}": compressed(name) for name in COMPRESSIONS},
     "compressed-entry-bias": lambda window, rate, length: partial(
         CompressedMemory, window=window, compression_rate=rate, num_entries=length, entry_bias=-1.0

@@ -12,6 +12,7 @@ from pathlib import Path
 from memtx import files, hf
 from memtx.checkpoint import pretrained
 from memtx.checkpoint.load import load
+from memtx.data.tokenizer_files import TOKENIZER_FILES
 from memtx.data.tokenizers import load_tokenizer
 from memtx.errors import MemtxError
 from memtx.models.memory_transformer import MemoryTransformer
@@ -96,6 +97,9 @@ def _write(
     if layout is None and isinstance(checkpoint.model, MemoryTransformer) and tokenizer_path.is_file():
         # A published folder names its end tokens in other files, which memtx's format does not have.
         texts[tokenizer_path.name] = load_tokenizer(tokenizer_path).to_json()
+    copied = []
+    if source.is_dir() and (layout is not None or not isinstance(checkpoint.model, MemoryTransformer)):
+        copied = [path for pattern in TOKENIZER_FILES for path in source.glob(pattern) if path.name not in texts]
     dropped_weights: list[str] = []
     if layout is None:
         model.save_pretrained(folder)
@@ -103,5 +107,8 @@ def _write(
         dropped_weights = hf.save(model, folder, layout=layout)
     for name, text in texts.items():
         files.write_text(folder / name, text)
+    for path in copied:
+        shutil.copyfile(path, folder / path.name)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return ConversionResult(source, type(model).__name__, num_parameters, sorted(texts), dropped_weights)
+    extra_files = sorted([*texts, *(path.name for path in copied)])
+    return ConversionResult(source, type(model).__name__, num_parameters, extra_files, dropped_weights)

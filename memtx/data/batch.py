@@ -79,7 +79,10 @@ class ResumableBatches(ABC):
         steps_per_epoch: Batches of an epoch; at most ``len``, those of a pass.
         repeats: If True, every epoch has the batches of the first.
         position: Batches handed out so far, counted when they are handed out; equal on all ranks.
+        before_batch: Called before each batch; may change the next ones.
     """
+
+    before_batch: Callable[[], None] | None = None
 
     def __init__(self, steps_per_epoch: int) -> None:
         self.steps_per_epoch = self._num_batches = steps_per_epoch
@@ -100,6 +103,8 @@ class ResumableBatches(ABC):
     def __iter__(self) -> Iterator[Any]:
         stop = (self.position // self.steps_per_epoch + 1) * self.steps_per_epoch
         while self.position < stop:
+            if self.before_batch is not None:
+                self.before_batch()
             batch = self.get_batch(self.step_at(self.position))
             # Before the yield: a checkpoint written in this batch's step must not read the batch again.
             self.position += 1

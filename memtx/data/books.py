@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -96,10 +97,28 @@ class BookDataModule(PinnedTransfer, LightningDataModule):
         self._token_stores: dict[str, TokenStore] = {}
         self._streams: DocumentStreams | None = None
         self._restored_position: dict[str, Any] | None = None
+        self._epoch_shape = batch_size, self.length  # whose batches an epoch has
+        self._before_batch: Callable[[], None] | None = None
+
+    def change_batches(self, batch_size: int, segment_length: int) -> None:
+        """Change the next training batches to other numbers of streams and of tokens per segment.
+
+        Documents go on where they are, as when a run resumes with other numbers; an epoch keeps its number of batches.
+        """
+        self.batch_size, self.segment_length = batch_size, segment_length
+        self.length = segment_length * self.bptt_segments
+        if self._streams is not None:
+            self._streams.resize(batch_size, self.length)
+
+    def on_next_batch(self, before_batch: Callable[[], None]) -> None:
+        """Call a function before each training batch is read; it may call :meth:`change_batches`."""
+        self._before_batch = before_batch
 
     @property
     def vocab_size(self) -> int:
-        """Vocabulary size; known before any text is read."""
+        """Vocabulary size; known before any text is read, except that of a tokenizer that keeps all words."""
+        if not self.tokenizer.knows_vocab_size:
+            self._train_tokenizer()
         return self.tokenizer.vocab_size
 
     @property
@@ -172,8 +191,10 @@ class BookDataModule(PinnedTransfer, LightningDataModule):
         Raises CheckpointError if a restored position is in other data.
         """
         store, ranks = self.token_store("train"), rank_and_world_size(self.trainer)
-        streams = DocumentStreams(store, self.batch_size, self.length, self.seed, *ranks)
+        streams = DocumentStreams(store, *self._epoch_shape, self.seed, *ranks)
         limit_epochs(streams, self.trainer)
+        streams.resize(self.batch_size, self.length)
+        streams.before_batch = self._before_batch
         if self._streams is not None:  # called again within a run
             streams.load_state_dict(self._streams.state_dict())
         elif self._restored_position is not None:

@@ -285,6 +285,18 @@ class EndlessStreams(ResumableBatches, Generic[S]):
         self.position = _convert_position(saved, current, accumulate_grad_batches)
         self._resume_step, self._resume_offset = self.position, offset
 
+    def resize(self, batch_size: int, length: int, accumulate_grad_batches: int = 1) -> None:
+        """Go on with other batches from the current position, in epochs of as many batches as before.
+
+        What is left is assigned to the new number of streams as when a run resumes.
+        """
+        if (batch_size, length) == (self.batch_size, self.length):
+            return
+        state, rank = self.state_dict(), self._streams.start // self.batch_size
+        self._streams = _rank_streams(batch_size, length, rank, self.world_size)
+        self.batch_size, self.length = batch_size, length
+        self.load_state_dict(state, accumulate_grad_batches)
+
     def _build_plan(self, assignments: Sequence[tuple[int, int]]) -> EndlessStreamPlan:
         """Return the plan after these numbers of streams, each read up to its offset; the last one is not read yet."""
         plan = EndlessStreamPlan(self.store.lengths, assignments[0][0], self.seed)

@@ -12,6 +12,11 @@ from memtx import files
 from memtx.errors import DataError
 
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILES = (
+    *(TOKENIZER_FILE, "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json"),
+    *("special_tokens_map.json", "*.model"),
+)
+"""Files of a published folder's tokenizer."""
 CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
 
 

@@ -31,11 +31,12 @@ from memtx.data.tokenizer_files import (
     read_bos_token_id,
     read_text,
 )
+from memtx.data.word_tokenizer import WordTokenizer
 from memtx.data.words import WordIds, WordSplitter
 from memtx.errors import DataError, MemtxError
 
 __all__ = ["BackendTokenizer", "BytePairTokenizer", "ByteTokenizer", "SpecialTokenId", "TokenIds", "Tokenizer"]
-__all__ += ["load_tokenizer", "tokenizer_from_json"]
+__all__ += ["WordTokenizer", "load_tokenizer", "tokenizer_from_json"]
 
 FORMAT, FORMAT_VERSION = "memtx.tokenizer", 1
 HF_FORMAT, HF_FORMAT_VERSION = "memtx.hf_tokenizer", 2
@@ -358,13 +359,15 @@ def tokenizer_from_json(text: str) -> Tokenizer:
         raise DataError(message, "Use the release that wrote it.")
     if (kind := value.get("kind")) == "byte":
         return ByteTokenizer()
+    if kind == "word":
+        return WordTokenizer.from_description(value)
     tokenizer_class: type[BackendTokenizer] = BytePairTokenizer
     if value["format"] == HF_FORMAT:
         from memtx.data.hf_tokenizers import HFTokenizer
 
         tokenizer_class = HFTokenizer
     elif kind != "bpe":
-        message = f"The tokenizer's kind is '{kind}', expected 'byte' or 'bpe'."
+        message = f"The tokenizer's kind is '{kind}', expected 'byte', 'bpe' or 'word'."
         raise DataError(message, "Use the release that wrote it.")
     if not isinstance(vocab_size := value.get("vocab_size"), int):
         raise DataError(f"The tokenizer's vocab_size is {vocab_size}, expected a number.", "Restore it from a copy.")

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 ENCODERS = {
     "bert": "memtx.hf.bert:build_bert",
     "big_bird": "memtx.hf.sparse_encoders:build_bigbird",
+    "bigbird_pegasus": "memtx.hf.bigbird_pegasus:build",
     "distilbert": "memtx.hf.bert:build_distilbert",
     "led": "memtx.hf.led:build",
     "longformer": "memtx.hf.sparse_encoders:build_longformer",
@@ -49,7 +50,7 @@ ENCODERS = {
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), "memtx.hf.bert:build_roberta"),
     "transfo-xl": "memtx.hf.transformer_xl:build",
 }
-BIDIRECTIONAL_ENCODERS = ENCODERS.keys() - {"led", "reformer", "transfo-xl"}
+BIDIRECTIONAL_ENCODERS = ENCODERS.keys() - {"bigbird_pegasus", "led", "reformer", "transfo-xl"}
 """Encoders that continue no text: they serve a task alone."""
 DECODERS = {
     "gemma3_text": "memtx.hf.gemma3:build",

@@ -110,7 +110,11 @@ def build_bigbird(hf_checkpoint: HFCheckpoint) -> Encoder | TaskModel:
         hf_checkpoint,
         BIGBIRD,
         DECODER_KEY,
-        [_build_bigbird_attention(config)],
+        [
+            build_bigbird_attention(
+                config, config.get_bool("use_bias", True), config.get_float("attention_probs_dropout_prob", 0.1)
+            )
+        ],
         {"rescale_embeddings": config.get_bool("rescale_embeddings", False), "dropout_before_norm": True},
         vocab_size=50358,
         max_length=4096,
@@ -120,8 +124,8 @@ def build_bigbird(hf_checkpoint: HFCheckpoint) -> Encoder | TaskModel:
     )
 
 
-def _build_bigbird_attention(config: HFConfig) -> EncoderAttentionFactory:
-    bias, dropout = config.get_bool("use_bias", True), config.get_float("attention_probs_dropout_prob", 0.1)
+def build_bigbird_attention(config: HFConfig, bias: bool, dropout: float) -> EncoderAttentionFactory:
+    """Return the factory of a layer's attention; raises CheckpointError for an unknown kind."""
     attention_type = config.get("attention_type", "block_sparse")
     if attention_type == "original_full":
         return partial(FullAttention, bias=bias, dropout=dropout)

@@ -6,6 +6,7 @@ Memories that answer by themselves are combined with its output before the last 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from memtx.layers.positions.base import Memoize, Positions
 from memtx.memory.base import LayerActivations, Losses, Memory, Readout, ReadoutMemory, View
 from memtx.memory.kv_ring import DecodeStep, KVRing, RingDecodable, from_ring, to_ring
 from memtx.ops.attention.bias import ScoreBias, append_key_bias, split_bias
+from memtx.ops.attention.dilation import attend_slots
 from memtx.ops.attention.dispatch import AttentionBackend, has_decode_kernel, segment_attention
 from memtx.ops.attention.mask import BankSplit, Visibility, split_bank
 from memtx.ops.cpu.linear import Linear, linear
@@ -278,7 +280,7 @@ class MemoryAttention(nn.Module):
         block = ring.hidden[stream[:, None], plan.block_slots] if plan.block_slots is not None else None
         q, gate = self._project_queries(x[:, None])
         k, v = self._split_keys_values(self.key_value(x[:, None]))
-        is_plain = self.positions.is_rotation and not self._splits_bank
+        is_plain = self.positions.is_rotation and not self._splits_bank and ring.layout.dilated is None
         has_kernel = is_plain and has_decode_kernel(q, self.backend)
         if not has_kernel or block is not None:
             ring.hidden[stream, plan.slot] = x.to(ring.hidden.dtype)
@@ -306,7 +308,12 @@ class MemoryAttention(nn.Module):
         q = self.positions.apply_absolute(q, position, step.memo)
         k, v = ring.key_value.unbind(2)
         bias = self.positions.score_bias(plan.offset, plan.visibility.memo)
-        attended = self._attend_and_combine(q, k, v, plan.visibility, lambda: plan.bank_split, bias, [])
+        if (dilated := ring.layout.dilated) is not None:
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            attend = partial(self._attend, return_lse=False)
+            attended = attend_slots(q, k, v, step.position, dilated, bias, attend)
+        else:
+            attended = self._attend_and_combine(q, k, v, plan.visibility, lambda: plan.bank_split, bias, [])
         return self.out(self._apply_output_gate(attended.flatten(1), gate))
 
     def project_values(self, x: Tensor) -> Tensor:
@@ -353,6 +360,10 @@ def _apply_module(module: nn.Module, x: Tensor, frozen: bool) -> Tensor:
 
 def _check_memories(memory: Memory[Any], extra_memories: Sequence[Memory[Any]], heads: int, head_dim: int) -> None:
     """Raise unless the first memory is exact, the others answer by themselves, and their readouts fit the heads."""
+    dilation = getattr(memory, "dilation", 1)
+    if isinstance(dilation, Sequence) and len(dilation) > heads:
+        message = f"dilation ({list(dilation)}) is that of {len(dilation)} heads, but the layer has {heads}."
+        raise MemtxError(message, "Give at most one number per head.")
     if isinstance(memory, ReadoutMemory):
         raise MemtxError(
             f"{type(memory).__name__} is the first memory of a layer but does not carry the segment itself.",

@@ -55,10 +55,11 @@ class BigBirdAttention(EncoderAttention):
         sample_in_eval: bool = False,
         *,
         bias: bool = True,
+        out_bias: bool = True,
         dropout: float = 0.0,
         backend: AttentionBackend = "auto",
     ) -> None:
-        super().__init__(dim, heads, layer_index, bias=bias, dropout=dropout, backend=backend)
+        super().__init__(dim, heads, layer_index, bias=bias, out_bias=out_bias, dropout=dropout, backend=backend)
         check_at_least(1, block_size=block_size)
         check_at_least(0, num_random_blocks=num_random_blocks)
         self.block_size = block_size

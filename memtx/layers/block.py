@@ -86,7 +86,7 @@ def run_recomputed(
 
 
 class EncoderBlock(nn.Module):
-    """A post-norm encoder layer (Vaswani et al. 2017, section 3.1).
+    """An encoder layer with norms after its parts (Vaswani et al. 2017, section 3.1) or before them.
 
     Args:
         attention: Attention part.
@@ -94,12 +94,20 @@ class EncoderBlock(nn.Module):
         dim: Width of the hidden states.
         eps: Epsilon of the norms.
         dropout: Dropout rate of the residual branches.
+        pre_norm: If True, normalize before each part instead of after it.
     """
 
     def __init__(
-        self, attention: EncoderAttention, feed_forward: nn.Module, dim: int, eps: float, dropout: float
+        self,
+        attention: EncoderAttention,
+        feed_forward: nn.Module,
+        dim: int,
+        eps: float,
+        dropout: float,
+        pre_norm: bool = False,
     ) -> None:
         super().__init__()
+        self.pre_norm = pre_norm
         self.attention = attention
         self.attention_norm = nn.LayerNorm(dim, eps=eps)
         self.feed_forward = feed_forward
@@ -108,11 +116,15 @@ class EncoderBlock(nn.Module):
 
     def forward(self, x: Tensor, inputs: EncoderInputs) -> Tensor:
         """Return the layer's output ``(batch, length, dim)``."""
+        if self.pre_norm:
+            x = x + self.dropout(self.attention(self.attention_norm(x), inputs))
+            hidden: Tensor = self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+            return x + hidden
         x = self.attention_norm(x + self.dropout(self.attention(x, inputs)))
         out: Tensor = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
         return out
 
     def project_values(self, x: Tensor) -> Tensor:
         """Return the values of the layer's input x, all heads concatenated, ``(batch, length, dim)``."""
-        out: Tensor = self.attention.value(x)
+        out: Tensor = self.attention.value(self.attention_norm(x) if self.pre_norm else x)
         return out

@@ -28,7 +28,7 @@ class CrossAttention(nn.Module):
     Args:
         dim: Width of the hidden states.
         heads: Number of heads.
-        bias: If True, the query, key and value projections have biases; the output projection always has one.
+        bias: If True, the projections have biases.
         dropout: Dropout rate of the attention weights.
 
     Raises:
@@ -42,7 +42,7 @@ class CrossAttention(nn.Module):
         self.query = Linear(dim, dim, bias=bias)
         self.key = Linear(dim, dim, bias=bias)
         self.value = Linear(dim, dim, bias=bias)
-        self.out = Linear(dim, dim)
+        self.out = Linear(dim, dim, bias=bias)
 
     def project(self, source: Tensor) -> KeyValue:
         """Return the keys and values of source ``(batch, length, dim)``."""
@@ -64,7 +64,7 @@ class CrossAttention(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """A post-norm decoder layer of causal self-attention, cross attention and a feed-forward part.
+    """A decoder layer of causal self-attention, cross attention and a feed-forward part.
 
     Args:
         dim: Width of the hidden states.
@@ -74,6 +74,8 @@ class DecoderBlock(nn.Module):
         eps: Epsilon of the norms.
         dropout: Dropout rate of the residual branches.
         attention_dropout: Dropout rate of the attention weights.
+        attention_bias: If True, the projections of both attentions have biases.
+        pre_norm: If True, normalize before each part instead of after it.
     """
 
     def __init__(
@@ -85,11 +87,14 @@ class DecoderBlock(nn.Module):
         eps: float = 1e-5,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
+        attention_bias: bool = True,
+        pre_norm: bool = False,
     ) -> None:
         super().__init__()
-        self.attention = CrossAttention(dim, heads, dropout=attention_dropout)
+        self.pre_norm = pre_norm
+        self.attention = CrossAttention(dim, heads, bias=attention_bias, dropout=attention_dropout)
         self.attention_norm = nn.LayerNorm(dim, eps=eps)
-        self.cross_attention = CrossAttention(dim, heads, dropout=attention_dropout)
+        self.cross_attention = CrossAttention(dim, heads, bias=attention_bias, dropout=attention_dropout)
         self.cross_attention_norm = nn.LayerNorm(dim, eps=eps)
         self.feed_forward = FeedForward(dim, hidden_dim, activation=activation)
         self.feed_forward_norm = nn.LayerNorm(dim, eps=eps)
@@ -102,11 +107,23 @@ class DecoderBlock(nn.Module):
 
         Several positions at once have no past.
         """
-        seen = self.attention.project(x)
+        inputs = self._before(self.attention_norm, x)
+        seen = self.attention.project(inputs)
         if past is not None:
             seen = KeyValue(*(torch.cat(parts, dim=2) for parts in zip(past, seen, strict=True)))
-        x = self.attention_norm(x + self.dropout(self.attention(x, seen, is_causal=past is None)))
-        attended = self.cross_attention(x, source, mask=source_mask)
-        x = self.cross_attention_norm(x + self.dropout(attended))
-        out: Tensor = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
-        return out, seen
+        x = self._after(self.attention_norm, x, self.attention(inputs, seen, is_causal=past is None))
+        inputs = self._before(self.cross_attention_norm, x)
+        x = self._after(self.cross_attention_norm, x, self.cross_attention(inputs, source, mask=source_mask))
+        hidden = self.feed_forward(self._before(self.feed_forward_norm, x))
+        return self._after(self.feed_forward_norm, x, hidden), seen
+
+    def _before(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """Return the input of a part."""
+        out: Tensor = norm(x) if self.pre_norm else x
+        return out
+
+    def _after(self, norm: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        """Return x with the output of a part."""
+        x = x + self.dropout(output)
+        out: Tensor = x if self.pre_norm else norm(x)
+        return out

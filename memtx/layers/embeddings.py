@@ -23,6 +23,7 @@ class TextEmbeddings(nn.Module):
         eps: Epsilon of the norm.
         dropout: Dropout rate of the result.
         dropout_before_norm: If True, apply dropout before the norm, as BigBird does, instead of after it.
+        normalize: If True, normalize the sum; an encoder with norms before its parts does not need it.
 
     Raises:
         MemtxError: pad_token_id is outside the vocabulary, or missing with ``roberta_positions``.
@@ -41,6 +42,7 @@ class TextEmbeddings(nn.Module):
         eps: float = 1e-12,
         dropout: float = 0.0,
         dropout_before_norm: bool = False,
+        normalize: bool = True,
     ) -> None:
         super().__init__()
         if pad_token_id is not None and not 0 <= pad_token_id < vocab_size:
@@ -57,7 +59,7 @@ class TextEmbeddings(nn.Module):
         self.word_embeddings = nn.Embedding(vocab_size, dim, padding_idx=pad_token_id)
         self.position_embeddings = nn.Embedding(num_positions, dim)
         self.token_type_embeddings = nn.Embedding(type_vocab_size, dim) if type_vocab_size else None
-        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.norm: nn.Module = nn.LayerNorm(dim, eps=eps) if normalize else nn.Identity()
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor, token_type_ids: Tensor | None = None) -> Tensor:

@@ -86,7 +86,8 @@ class EncoderAttention(nn.Module, ABC):
         dim: Width of the hidden states.
         heads: Number of heads.
         layer_index: Index of the layer, from 0.
-        bias: If True, the query, key and value projections have biases; the output projection always has one.
+        bias: If True, the query, key and value projections have biases.
+        out_bias: If True, the output projection has a bias.
         dropout: Dropout rate of the attention weights.
         backend: Attention backend.
 
@@ -107,6 +108,7 @@ class EncoderAttention(nn.Module, ABC):
         layer_index: int = 0,
         *,
         bias: bool = True,
+        out_bias: bool = True,
         dropout: float = 0.0,
         backend: AttentionBackend = "auto",
     ) -> None:
@@ -119,7 +121,7 @@ class EncoderAttention(nn.Module, ABC):
         self.query = Linear(dim, dim, bias=bias)
         self.key = Linear(dim, dim, bias=bias)
         self.value = Linear(dim, dim, bias=bias)
-        self.out = Linear(dim, dim)
+        self.out = Linear(dim, dim, bias=out_bias)
 
     def forward(self, x: Tensor, inputs: EncoderInputs) -> Tensor:
         """Attend from each token of ``(batch, length, dim)`` to the tokens of its text; returns the same shape."""

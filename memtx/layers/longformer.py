@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from memtx.errors import MemtxError, check_at_least
 from memtx.layers.encoder_attention import EncoderAttention, EncoderInputs, full_visibility
 from memtx.memory.parts import merge_heads, split_heads
+from memtx.ops.attention.dilation import fold_dilation, unfold_dilation
 from memtx.ops.attention.dispatch import AttentionBackend
 from memtx.ops.attention.mask import KeyRange, SparsePattern, Visibility
 from memtx.ops.cpu.linear import Linear
@@ -72,12 +73,13 @@ class LongformerAttention(EncoderAttention):
     def attend(self, x: Tensor, inputs: EncoderInputs) -> Tensor:
         """Return the attention outputs of x ``(batch, length, dim)``, all heads concatenated; zero at padding."""
         q, k, v = self.project(x)
-        q, k, v = self._fold_dilation(q), self._prepend_global_keys(k, inputs), self._prepend_global_keys(v, inputs)
+        q = fold_dilation(q, self.dilation)
+        k, v = self._prepend_global_keys(k, inputs), self._prepend_global_keys(v, inputs)
         random_settings = (self.heads, self.layer_index, self.seed) if self.num_random_tokens else None
         settings = ("window", self.window, self.dilation, random_settings)
         visibility = inputs.memo(settings, lambda: self._visibility(inputs, x.shape[0]))
-        out = merge_heads(self._unfold_dilation(self.attend_visible(q, k, v, visibility))[:, :, : inputs.length])
-        out = inputs.zero_padding(out)
+        attended = unfold_dilation(self.attend_visible(q, k, v, visibility), self.dilation)
+        out = inputs.zero_padding(merge_heads(attended[:, :, : inputs.length]))
         if inputs.global_indices is None:
             return out
         return self._apply_global_attention(out, x, inputs, inputs.global_indices)
@@ -99,26 +101,11 @@ class LongformerAttention(EncoderAttention):
 
     def _prepend_global_keys(self, x: Tensor, inputs: EncoderInputs) -> Tensor:
         """Return the keys (or values) of each dilated sequence, preceded by those of the global tokens."""
-        folded = self._fold_dilation(x)
+        folded = fold_dilation(x, self.dilation)
         if inputs.global_indices is None:
             return folded
         index = inputs.global_indices.clamp(min=0)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
         return torch.cat([x.gather(2, index).repeat_interleave(self.dilation, dim=0), folded], dim=2)
-
-    def _fold_dilation(self, x: Tensor) -> Tensor:
-        """Reshape ``(batch, heads, n, width)`` to (batch * dilation, heads, ceil(n / dilation), width)."""
-        if self.dilation == 1:
-            return x
-        x = F.pad(x, (0, 0, 0, -x.shape[2] % self.dilation))
-        x = x.view(*x.shape[:2], -1, self.dilation, x.shape[3])  # (batch, heads, n, dilation, width)
-        return x.permute(0, 3, 1, 2, 4).flatten(0, 1)
-
-    def _unfold_dilation(self, x: Tensor) -> Tensor:
-        """Undo :meth:`_fold_dilation`, up to its padding."""
-        if self.dilation == 1:
-            return x
-        x = x.view(-1, self.dilation, *x.shape[1:])  # (batch, dilation, heads, n, width)
-        return x.permute(0, 2, 3, 1, 4).flatten(2, 3)
 
     def _visibility(self, inputs: EncoderInputs, batch_size: int) -> Visibility:
         """Return the visibility of [global tokens | text] in each dilated sequence."""
@@ -130,7 +117,7 @@ class LongformerAttention(EncoderAttention):
             in_window = F.pad(in_window.expand(batch_size, -1), (0, 1))
             index = torch.where(inputs.global_indices < 0, length, inputs.global_indices)
             in_window = in_window.scatter(1, index, False)[:, :length]
-        in_window = self._fold_dilation(in_window[:, None, :, None])[:, 0, :, 0]
+        in_window = fold_dilation(in_window[:, None, :, None], self.dilation)[:, 0, :, 0]
         num_queries = in_window.shape[1]
         offset = torch.arange(num_queries, device=inputs.device).expand_as(in_window)
         visible_from = offset - half

@@ -17,7 +17,7 @@ from torch import Tensor
 from memtx.memo import Memo
 from memtx.memory.base import ContentAttention
 from memtx.memory.parts import gather_entries
-from memtx.ops.attention.mask import BankSplit, KeyRange, Visibility, split_bank
+from memtx.ops.attention.mask import BankSplit, DilatedWindow, KeyRange, Visibility, split_bank
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class RingLayout:
         num_entries: Compressed entries kept.
         cache_length: Length of the cache in the memory's state.
         near_window: Exact positions of the near window. None if there is no other.
+        dilated: Positions that each head sees, out of the slots. None if every head sees all.
     """
 
     window: int
@@ -37,6 +38,7 @@ class RingLayout:
     num_entries: int
     cache_length: int
     near_window: int | None = None
+    dilated: DilatedWindow | None = None
 
     @property
     def num_exact_slots(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,7 +12,7 @@ from memtx.errors import MemtxError, check_at_least
 from memtx.memory.base import ContentAttention, EntryPositions, Memory, View
 from memtx.memory.kv_ring import RingLayout
 from memtx.memory.parts import gather_entries
-from memtx.ops.attention.mask import BankSplit, KeyRange, Visibility
+from memtx.ops.attention.mask import BankSplit, DilatedWindow, KeyRange, Visibility
 from memtx.segment import INFINITE_OFFSET, Segment
 from memtx.state import state_dataclass
 
@@ -39,10 +40,14 @@ class RecurrentMemory(Memory[RecurrentState]):
             :func:`memtx.models.sources.list_sources`). None counts all.
         entry_bias: Initial value of a log-weight, learned per head, that is added to the scaled scores of positions
             beyond ``near_window``. None disables it.
+        dilation: Distance between the positions that a head sees, so that ``window`` of them reach further (Longformer,
+            Beltagy et al. 2020, section 3.1): one for all heads, or a list for the last heads, one each, as in ``[2,
+            4]``; the heads before these have 1. Decoding keeps all positions that the farthest head reaches.
 
     Raises:
         MemtxError: A number is not positive (window may be 0 without ``same_length``), ``near_window`` is not below
-            ``window`` or given without ``same_length``, or ``entry_bias`` without ``near_window``.
+            ``window`` or given without ``same_length``, ``entry_bias`` without ``near_window``, or a ``dilation`` above
+            1 beside ``near_window`` or without ``same_length``.
     """
 
     supports_padding = True
@@ -56,6 +61,7 @@ class RecurrentMemory(Memory[RecurrentState]):
         trained_length: int | None = None,
         near_window: int | None = None,
         entry_bias: float | None = None,
+        dilation: Sequence[int] | int = 1,
     ) -> None:
         super().__init__(dim)
         check_at_least(1 if same_length else 0, window=window)
@@ -66,13 +72,31 @@ class RecurrentMemory(Memory[RecurrentState]):
         if entry_bias is not None and near_window is None:
             message = f"entry_bias is {entry_bias}, but no positions lie beyond a near window."
             raise MemtxError(message, "Give near_window, too, or remove entry_bias.")
+        distances = (dilation,) if isinstance(dilation, int) else tuple(dilation)
+        for distance in distances:
+            check_at_least(1, dilation=distance)
+        if (is_dilated := max(distances, default=1) > 1) and (near_window is not None or not same_length):
+            message = f"dilation is {dilation}, near_window {near_window}, same_length {same_length}."
+            raise MemtxError(message, "Give a dilation above 1 with same_length and without near_window.")
+        self.dilation = dilation
         self.near_window, self.entry_bias = near_window, entry_bias
         self.has_bank = near_window is not None
         self.trained_length = trained_length
-        self.window = window
-        self.same_length = same_length
+        # A number is that of all heads.
+        window_options = {"default_distance": dilation} if isinstance(dilation, int) else {"distances": distances}
+        self.dilated = DilatedWindow(window, **window_options) if is_dilated else None  # type: ignore[arg-type]
+        self.set_window(window, same_length)
+
+    @property
+    def is_resizable(self) -> bool:
+        """True if nothing but the cache depends on the window."""
+        return self.near_window is None and self.dilated is None
+
+    def set_window(self, window: int, same_length: bool) -> None:
+        """Set the exact positions visible; states of another window no longer fit."""
+        self.window, self.same_length = window, same_length
         self.depends_on_segmentation = not same_length
-        self.cache_length = window - 1 if same_length else window
+        self.cache_length = (self.dilated.length if self.dilated else window) - int(same_length)
 
     def init_state(self, batch_size: int, *, like: Tensor) -> RecurrentState:
         """Return an empty cache."""
@@ -81,7 +105,7 @@ class RecurrentMemory(Memory[RecurrentState]):
     def read(self, state: RecurrentState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Open [cache | segment], without entries that no document has yet."""
         num_cached = min(count_past_tokens(segment), self.cache_length)
-        settings = (num_cached, self.window if self.same_length else None, self.near_window)
+        settings = (num_cached, self.window if self.same_length else None, self.near_window, self.dilated)
         entry_positions = segment.memo((RecurrentMemory, *settings), lambda: split_window(segment, *settings))
         cache = state.hidden.to(x.dtype)
         next_state = RecurrentState(update_cache(cache, x, segment))
@@ -89,7 +113,9 @@ class RecurrentMemory(Memory[RecurrentState]):
 
     def ring_layout(self) -> RingLayout | None:
         """Return one slot per position of the window, or None if visibility depends on segmentation."""
-        return RingLayout(self.window, 1, 0, self.cache_length, self.near_window) if self.same_length else None
+        if not self.same_length:
+            return None
+        return RingLayout(self.cache_length + 1, 1, 0, self.cache_length, self.near_window, self.dilated)
 
     def split_state(self, state: RecurrentState) -> tuple[Tensor, Tensor]:
         """Return the cache and an empty bank."""
@@ -159,8 +185,13 @@ def sliding_window(segment: Segment, cache_length: int, window: int | None, min_
     return EntryPositions(offset[:1].double(), visibility)
 
 
-def split_window(segment: Segment, cache_length: int, window: int | None, near_window: int | None) -> EntryPositions:
+def split_window(
+    segment: Segment, cache_length: int, window: int | None, near_window: int | None, dilated: DilatedWindow | None
+) -> EntryPositions:
     """Return the positions of [cache | segment] in a window, split where ``near_window`` ends if it is given."""
+    if dilated is not None:
+        positions = sliding_window(segment, cache_length, dilated.length)
+        return replace(positions, visibility=replace(positions.visibility, dilated=dilated, _values={}))
     positions = sliding_window(segment, cache_length, window)
     if near_window is None or window is None:
         return positions

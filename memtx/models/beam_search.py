@@ -1,4 +1,4 @@
-"""Greedy decoding and beam search for encoder-decoders, with the rules and results of the ``transformers`` library.
+"""Greedy decoding, sampling and beam search for encoder-decoders, by the rules of the ``transformers`` library.
 
 A hypothesis scores the sum of its tokens' log-probabilities over its length to the power of ``length_penalty`` (Wu et
 al. 2016, section 7, without its constant).
@@ -16,6 +16,9 @@ from torch.nn import functional as F
 
 from memtx.errors import MemtxError, check_at_least
 from memtx.models.encoder_decoder import DecoderState, EncoderDecoder
+
+ChooseTokens = Callable[[Tensor, Sequence[list[int]]], list[int]]
+"""Returns a token for each row, given logits ``(rows, vocab)``, -inf where excluded, and the rows' ids."""
 
 _EXCLUDED = -1e9
 """Score of hypotheses that have not begun or may not go on, far below any sum of log-probabilities."""
@@ -85,6 +88,7 @@ def generate_targets(
     *,
     options: BeamSearchOptions,
     eos_token_ids: Collection[int] = (),
+    choose: ChooseTokens | None = None,
     before_step: Callable[[], object] | None = None,
 ) -> list[list[int]]:
     """Return the best target of every text: ids from the start token to the end token, if one was reached.
@@ -96,11 +100,14 @@ def generate_targets(
         global_attention_mask: ``(batch, length)``, 1 for a token that sees and is seen by all.
         options: Options of the search.
         eos_token_ids: Tokens that end a target.
+        choose: Chooses the next tokens, such as a sampler; with a single beam. None takes the most likely ones.
         before_step: Called before every token; what it raises ends the search. None for nothing.
 
     Raises:
-        MemtxError: A text or ``max_length`` is longer than the model's positions.
+        MemtxError: A text or ``max_length`` is longer than the model's positions, or several beams were to be sampled.
     """
+    if choose is not None and options.num_beams > 1:
+        raise MemtxError(f"num_beams is {options.num_beams}, but a single target is sampled.", "Give num_beams 1.")
     if options.max_length > (limit := model.position_embeddings.num_embeddings):
         raise MemtxError(f"max_length is {options.max_length}, the decoder has {limit} positions.", f"Give {limit}.")
     hidden = model.encode(input_ids, attention_mask, global_attention_mask)
@@ -113,10 +120,12 @@ def generate_targets(
         prefixes = [hypothesis for text in texts for hypothesis in text.running]
         last_tokens = torch.tensor([[prefix[-1]] for prefix in prefixes], device=input_ids.device)
         logits, state = model.decode(last_tokens, state)
-        log_probs = F.log_softmax(logits[:, -1].float(), dim=-1)
+        scores = logits[:, -1].float()
+        log_probs = scores if beams == 1 else F.log_softmax(scores, dim=-1)
         _apply_rules(log_probs, prefixes, options, eos_token_ids)
         if beams == 1:
-            _extend_greedily(texts, log_probs, eos_token_ids)
+            tokens = scores.argmax(dim=-1).tolist() if choose is None else choose(scores, prefixes)
+            _append(texts, tokens, eos_token_ids)
             if all(text.finished for text in texts):
                 break
             continue
@@ -129,7 +138,7 @@ def generate_targets(
 def _apply_rules(
     log_probs: Tensor, prefixes: Sequence[list[int]], options: BeamSearchOptions, eos_token_ids: Collection[int]
 ) -> None:
-    """Exclude tokens by the options, in place, given the log-probabilities ``(rows, vocab)`` and each row's tokens."""
+    """Exclude tokens by the options, in place, given logits ``(rows, vocab)`` up to a constant and the rows' ids."""
     length, size = len(prefixes[0]), options.no_repeat_ngram_size
     if size:
         for row, prefix in enumerate(prefixes):
@@ -150,8 +159,8 @@ def _apply_rules(
         log_probs[:, forced] = 0.0
 
 
-def _extend_greedily(texts: Sequence[_Text], log_probs: Tensor, eos_token_ids: Collection[int]) -> None:
-    for text, token in zip(texts, log_probs.argmax(dim=-1).tolist(), strict=True):
+def _append(texts: Sequence[_Text], tokens: Sequence[int], eos_token_ids: Collection[int]) -> None:
+    for text, token in zip(texts, tokens, strict=True):
         text.running = [[*text.running[0], token]]
         if token in eos_token_ids and not text.finished:
             text.finish(0.0, text.running[0], 1)

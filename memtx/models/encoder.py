@@ -64,7 +64,7 @@ class MaskedLMHead(nn.Module):
 
 
 class Encoder(PretrainedModel):
-    """A post-norm encoder.
+    """An encoder.
 
     Args:
         vocab_size: Number of token ids.
@@ -81,6 +81,7 @@ class Encoder(PretrainedModel):
         add_pooling_layer: If True, add a linear layer and a tanh for the first token.
         eps: Epsilon of the norms.
         dropout: Dropout rate of the residual branches.
+        pre_norm: If True, layers normalize before their parts and the encoder at its end; otherwise after each part.
 
     Raises:
         MemtxError: A number is out of range or not divisible as required.
@@ -102,6 +103,7 @@ class Encoder(PretrainedModel):
         add_pooling_layer: bool = False,
         eps: float = 1e-12,
         dropout: float = 0.0,
+        pre_norm: bool = False,
     ) -> None:
         arguments = dict(locals())
         super().__init__()
@@ -115,7 +117,8 @@ class Encoder(PretrainedModel):
         self.blocks = nn.ModuleList()
         for layer, attention in enumerate(attentions if len(attentions) == depth else list(attentions) * depth):
             parts = (attention(dim, heads, layer), FeedForward(dim, hidden_dim, activation=activation))
-            self.blocks.append(EncoderBlock(*parts, dim, eps, dropout))
+            self.blocks.append(EncoderBlock(*parts, dim, eps, dropout, pre_norm))
+        self.norm: nn.Module = nn.LayerNorm(dim, eps=eps) if pre_norm else nn.Identity()
         self.pooler = Linear(dim, dim) if add_pooling_layer else None
         self.head = None
         if add_mlm_head:
@@ -190,6 +193,7 @@ class Encoder(PretrainedModel):
             x = block(x, inputs)
             if output_hidden_states:
                 hidden.append(x)
+        x = self.norm(x)
         selected = x if logits_mask is None else x[logits_mask]
         return EncoderOutput(
             x,

@@ -59,7 +59,7 @@ class EncoderDecoderOutput:
 
 
 class EncoderDecoder(PretrainedModel):
-    """A post-norm encoder-decoder whose embeddings serve encoder, decoder and output.
+    """An encoder-decoder whose embeddings serve encoder, decoder and output.
 
     Args:
         vocab_size: Number of token ids.
@@ -73,6 +73,9 @@ class EncoderDecoder(PretrainedModel):
         eps: Epsilon of the norms.
         dropout: Dropout rate of embeddings and residual branches.
         attention_dropout: Dropout rate of the attention weights.
+        attention_bias: If True, the projections of the decoder's attentions have biases.
+        pre_norm: If True, layers of the decoder normalize before their parts and the decoder at its end, not at its
+            beginning.
 
     Raises:
         MemtxError: A number is out of range or not divisible as required.
@@ -93,6 +96,8 @@ class EncoderDecoder(PretrainedModel):
         eps: float = 1e-5,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
+        attention_bias: bool = True,
+        pre_norm: bool = False,
     ) -> None:
         arguments = dict(locals())
         super().__init__()
@@ -105,10 +110,14 @@ class EncoderDecoder(PretrainedModel):
         self.encoder = encoder(vocab_size)
         self.dim = dim = self.encoder.dim
         self.position_embeddings = nn.Embedding(num_positions, dim)
-        self.embedding_norm = nn.LayerNorm(dim, eps=eps)
+        self.embedding_norm: nn.Module = nn.Identity() if pre_norm else nn.LayerNorm(dim, eps=eps)
+        self.norm: nn.Module = nn.LayerNorm(dim, eps=eps) if pre_norm else nn.Identity()
         self.embedding_dropout = nn.Dropout(dropout)
-        options = {"eps": eps, "dropout": dropout, "attention_dropout": attention_dropout}
-        self.blocks = nn.ModuleList(DecoderBlock(dim, heads, hidden_dim, activation, **options) for _ in range(depth))
+        dropouts = dropout, attention_dropout
+        self.blocks = nn.ModuleList(
+            DecoderBlock(dim, heads, hidden_dim, activation, eps, *dropouts, attention_bias, pre_norm)
+            for _ in range(depth)
+        )
         self.register_buffer("logits_bias", torch.zeros(1, vocab_size))
         init_normal(self)
 
@@ -154,13 +163,15 @@ class EncoderDecoder(PretrainedModel):
         if first + length > self.position_embeddings.num_embeddings:
             message = f"The target has {first + length} tokens, the decoder {self.position_embeddings.num_embeddings}"
             raise MemtxError(f"{message} positions.", "Cut it, or lower max_length.")
-        x = self.encoder.embedding.word_embeddings(tokens) + self.position_embeddings.weight[first : first + length]
+        embedding = self.encoder.embedding
+        x = embedding.word_embeddings(tokens) * embedding.scale
+        x = x + self.position_embeddings.weight[first : first + length]
         x, past = self.embedding_dropout(self.embedding_norm(x)), []
         for layer, block in enumerate(self._layers()):
             layer_past = state.past[layer] if state.past else None
             x, seen = block(x, layer_past, state.source[layer], state.source_mask)
             past.append(seen)
-        weight = self.encoder.embedding.word_embeddings.weight
+        x, weight = self.norm(x), embedding.word_embeddings.weight
         return linear(x, weight, self.logits_bias[0]), replace(state, past=tuple(past))
 
     def forward(

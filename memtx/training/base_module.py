@@ -68,6 +68,7 @@ class BaseModule(pl.LightningModule):
         self.make_optimizer = optimizer if optimizer is not None else default_optimizer
         self.make_scheduler = scheduler
         self.tokens_seen = 0
+        self.picture_sums: dict[str, Tensor] | None = None
         self._resume_state: dict[str, Any] | None = None
         self._total_steps = 0
 
@@ -106,6 +107,14 @@ class BaseModule(pl.LightningModule):
 
     def log_at_epoch_end(self, stage: str) -> None:
         """Log the metrics that :meth:`evaluate_batch` does not; a subclass may override it."""
+
+    def add_to_picture(self, name: str, sums: Tensor) -> None:
+        """Add the sums of a batch, always of the same shape, to those that a picture of the validation is drawn from.
+
+        For ``ValidationPictures``, which sets ``picture_sums`` during a validation; None otherwise.
+        """
+        if self.picture_sums is not None:
+            self.picture_sums[name] = self.picture_sums[name] + sums if name in self.picture_sums else sums
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Evaluate a validation batch."""
@@ -245,6 +254,8 @@ class BaseModule(pl.LightningModule):
             weights = checkpoint.get("state_dict", {})  # absent from a sharded checkpoint
             for name in [name for name in weights if name.startswith(_DISTILLATION_PREFIX)]:
                 del weights[name]
+        if self._trainer is not None:
+            adapt_to_checkpoint(self._trainer, self, checkpoint)
         _check_same_model(entry, self.model)
         averaging.load_trained_weights(self._trainer, checkpoint)
         self.tokens_seen = entry["tokens_seen"]
@@ -261,6 +272,13 @@ class BaseModule(pl.LightningModule):
         if rank >= len(ranks):
             rng.reseed_for_rank(rank)
         trainer_state.sync_batch_progress(self.trainer)
+
+
+def adapt_to_checkpoint(trainer: pl.Trainer, module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Let callbacks that change the model in training bring it to a checkpoint's step (``on_load_model``)."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if (on_load_model := getattr(callback, "on_load_model", None)) is not None:
+            on_load_model(trainer, module, checkpoint)
 
 
 def _lora_config(model: pretrained.PretrainedModel) -> dict[str, Any] | None:

@@ -55,8 +55,9 @@ class Carry:
         self._states[stage] = state
 
     def reset(self, stage: str) -> None:
-        """Drop the state of the stage."""
+        """Drop the state of the stage, a restored one too."""
         self._states.pop(stage, None)
+        self._restored_tensors.pop(stage, None)
 
     def snapshot(self, stage: str) -> None:
         """Remember the state that :meth:`get_state` returns next, until the next snapshot."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from torch.optim import LBFGS, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, OneCycleLR
 
-from memtx.errors import MemtxError
+from memtx.errors import MemtxError, check_at_least, check_positive, check_probability
 from memtx.training.muon import add_adamw
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
@@ -97,6 +99,59 @@ def _gate_groups(optimizer: Optimizer, model: nn.Module, gate_lr_multiplier: flo
 
 
 _CONFIG_KEYS = ("warmup_steps", "total_steps", "min_lr_ratio")
+_PHASE_KEYS = ("_phase_steps", "_factor", "_warmup_steps")
+
+
+def find_phase(steps: Sequence[int], step: int) -> tuple[int, int]:
+    """Return the phase of a training step, and the step at which it begins; the last phase does not end."""
+    phase_starts = [0, *itertools.accumulate(steps[:-1])]
+    phase = bisect.bisect_right(phase_starts, step) - 1
+    return phase, phase_starts[phase]
+
+
+class PhasedWarmup(LambdaLR):
+    """Constant rates by phase of training, each after a linear warm-up (Longformer, Beltagy et al. 2020, appendix B).
+
+    Args:
+        optimizer: Optimizer whose learning rates are scaled.
+        steps: Optimizer steps of each phase; the last one lasts to the end of the run.
+        factor: Factor of the rate from phase to phase. Defaults to 0.5.
+        warmup_fraction: Fraction of a phase's steps until its full rate. Defaults to 0.1.
+        max_warmup_steps: Steps of a warm-up at most. Defaults to 10,000.
+
+    Raises:
+        MemtxError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        steps: Sequence[int],
+        factor: float = 0.5,
+        warmup_fraction: float = 0.1,
+        max_warmup_steps: int = 10_000,
+    ) -> None:
+        for number in steps or (0,):
+            check_at_least(1, steps=number)
+        check_positive(factor=factor)
+        check_at_least(0, max_warmup_steps=max_warmup_steps)
+        check_probability(warmup_fraction=warmup_fraction)
+        self._phase_steps, self._factor = tuple(steps), factor
+        self._warmup_steps = [min(int(warmup_fraction * number), max_warmup_steps) for number in steps]
+        super().__init__(optimizer, self._lr_scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the progress without the settings, so that a run can resume with other settings."""
+        return {key: value for key, value in super().state_dict().items() if key not in _PHASE_KEYS}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the progress."""
+        super().load_state_dict({key: value for key, value in state_dict.items() if key not in _PHASE_KEYS})
+
+    def _lr_scale(self, step: int) -> float:
+        phase, start = find_phase(self._phase_steps, step)
+        warmup = self._warmup_steps[phase]
+        return self._factor**phase * (min(1.0, (step - start + 1) / warmup) if warmup else 1.0)
 
 
 class WarmupCosine(LambdaLR):
@@ -167,3 +222,27 @@ class WarmupLinear(WarmupCosine):
 
     def _decay(self, progress: float) -> float:
         return 1.0 - progress
+
+
+class WarmupInverseSqrt(LambdaLR):
+    """Linear warm-up, then a rate that falls with the square root of the step (Vaswani et al. 2017, section 5.3).
+
+    Args:
+        optimizer: Optimizer whose learning rates, those at the end of the warm-up, are scaled.
+        warmup_steps: Optimizer steps until the full rate. Defaults to 4,000.
+
+    Raises:
+        MemtxError: warmup_steps is below 1.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: int = 4000) -> None:
+        check_at_least(1, warmup_steps=warmup_steps)
+        self.warmup_steps = warmup_steps
+        super().__init__(optimizer, self._lr_scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the progress without the settings, so that a run can resume with other settings."""
+        return {key: value for key, value in super().state_dict().items() if key not in _CONFIG_KEYS}
+
+    def _lr_scale(self, step: int) -> float:
+        return min((step + 1) / self.warmup_steps, math.sqrt(self.warmup_steps / max(step + 1, 1)))

@@ -74,3 +74,26 @@ def test_mistakes_are_named(folder: Path) -> None:
     (folder / "generation_config.json").write_text('{"num_beams": 0}')
     with pytest.raises(CheckpointError, match="num_beams is 0"):
         load_published_predictor(folder)
+
+
+def test_the_command_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["predict", "--checkpoint", str(folder), "--text", "The fox."]
+
+    def summary(*options: str) -> str:
+        assert main([*command, *options]) == 0
+        text: str = json.loads(capsys.readouterr().out)["summary"]
+        return text
+
+    assert summary("--top-k", "1", "--seed", "3") == summary("--num-beams", "1")
+    hot = [summary("--temperature", "5.0", "--seed", str(seed)) for seed in (1, 1, 2, 3)]
+    assert hot[0] == hot[1]
+    assert len(set(hot)) > 1
+    for options, message in (
+        (["--num-beams", "3", "--temperature", "2"], "num_beams is 3, but a single target is sampled."),
+        (["--top-p", "0"], "top_p is 0.0, expected above 0"),
+        (["--num-beams", "0"], "num_beams is 0."),
+    ):
+        assert main([*command, *options]) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import memtx
+from memtx.cli.convert import FREEZE_PATTERNS
 from memtx.cli.main import main
 from memtx.errors import MemtxError
 from memtx.models.encoder import Encoder
@@ -86,3 +89,49 @@ def test_the_command_writes_a_folder_to_train_on(
     assert main([*arguments, "--overwrite", "--max-length", "2"]) == 2
     assert "max_length is 2, the encoder reads" in capsys.readouterr().err
     assert isinstance(memtx.from_pretrained(tmp_path / "long"), Encoder)  # still there
+
+
+def test_the_tokenizer_and_the_frozen_part_go_with_the_folder(
+    parity: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder, *_) = folders(parity, "roberta")
+    shutil.copytree(folder, tmp_path / "roberta")
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "sentencepiece.bpe.model"):
+        (tmp_path / "roberta" / name).write_bytes(b"\xff of " + name.encode())
+    (tmp_path / "roberta" / "README.md").write_text("not part of the model")
+    arguments = ["convert", str(tmp_path / "roberta"), str(tmp_path / "long"), "--to", "longformer"]
+    assert main([*arguments, "--max-length", "200", "--window", "8", "--freeze", "rest"]) == 0
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "sentencepiece.bpe.model"):
+        assert (tmp_path / "long" / name).read_bytes() == (tmp_path / "roberta" / name).read_bytes()
+    assert not (tmp_path / "long" / "README.md").exists()
+    out = capsys.readouterr().out
+    assert "merges.txt, sentencepiece.bpe.model" in out
+    assert "configs/longformer-mlm.yaml" in out
+    assert "callbacks.freeze.Freeze" in out
+    encoder = memtx.from_pretrained(tmp_path / "long")
+    names = [name for name, _ in encoder.named_parameters()]
+    # The callback refuses a pattern that matches nothing.
+    frozen = [{name for name in names if fnmatchcase(name, pattern)} for pattern in json.loads(FREEZE_PATTERNS["rest"])]
+    assert all(frozen)
+    assert set(names) - set().union(*frozen) == {"embedding.position_embeddings.weight"}
+    assert [fnmatchcase(name, json.loads(FREEZE_PATTERNS["positions"])[0]) for name in names].count(True) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--window", "8"], "--window applies to --to longformer, hf, onnx or pt2. Add --to, or remove --window."),
+        (["--max-length", "4096"], "--max-length applies to --to longformer or bigbird."),
+        (["--freeze", "rest"], "--freeze applies to --to longformer or bigbird."),
+        (["--to", "bigbird", "--window", "8"], "--window applies to --to longformer, hf, onnx or pt2, not to bigbird."),
+        (["--to", "longformer", "--block-size", "8"], "--block-size applies to --to bigbird, not to longformer."),
+    ],
+)
+def test_options_without_effect_are_refused(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", str(tmp_path / "any"), str(tmp_path / "target"), *options]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "target").exists()

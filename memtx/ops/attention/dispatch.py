@@ -16,6 +16,7 @@ from torch import Tensor
 from memtx.errors import MemtxError, check_divisible
 from memtx.ops.attention import banded, flex, reference
 from memtx.ops.attention.bias import AlibiBias, RelativeBias, ScoreBias, bias_requires_grad
+from memtx.ops.attention.dilation import attend_dilated
 from memtx.ops.attention.mask import SparsePattern, Visibility
 from memtx.ops.cpu import attention
 
@@ -73,6 +74,16 @@ def segment_attention(
         MemtxError: If shapes do not fit, or the backend does not support the arguments.
     """
     _check_shapes(q, k, v, visibility, bias)
+    if visibility.dilated is not None and backend != "reference":
+
+        def attend(
+            q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None
+        ) -> tuple[Tensor, Tensor | None]:
+            return segment_attention(
+                q, k, v, visibility, bias=bias, dropout=dropout, scale=scale, backend=backend, return_lse=return_lse
+            )
+
+        return attend_dilated(q, k, v, visibility, bias, attend)
     if visibility.pattern is not None:
         _check_pattern(q, visibility, visibility.pattern)
     if backend == "auto":
@@ -80,6 +91,8 @@ def segment_attention(
     else:
         _check_backend(backend, q, k, v, visibility, bias, dropout)
         name, reason = backend, "requested"
+    if torch.compiler.is_exporting():
+        name = "reference" if name == "reference" else "banded"  # the others are kernels, which no program can hold
     if not torch.compiler.is_compiling():  # A log line would split the compiled graph.
         _log_backend(name, q.device.type, reason)
         if (hook := _HOOK.get()) is not None:
@@ -204,6 +217,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias:
     (batch_size, heads, queries, _), (_, kv_heads, keys, _) = q.shape, k.shape
     check_divisible("Choose a divisor of heads.", heads=heads, kv_heads=kv_heads)
     hint = "Create it for these tensors."
+    if (dilated := visibility.dilated) is not None and len(dilated.distances) > heads:
+        raise MemtxError(f"The dilated window has {len(dilated.distances)} heads, q has {heads}.", hint)
     if (queries, keys) != (visibility.num_queries, visibility.num_keys):
         size = f"{visibility.num_queries} queries and {visibility.num_keys} keys"
         raise MemtxError(f"The visibility has {size}, the tensors have {queries} and {keys}.", hint)

@@ -103,6 +103,30 @@ class SparsePattern:
 
 
 @dataclass(frozen=True)
+class DilatedWindow:
+    """A causal window whose heads see positions at equal distances (Beltagy et al. 2020, section 3.1).
+
+    Attributes:
+        size: Positions that each head sees, the query's own included.
+        distances: Distances between the positions that the last heads see, one per head.
+        default_distance: Distance of the heads before these.
+    """
+
+    size: int
+    distances: tuple[int, ...] = ()
+    default_distance: int = 1
+
+    @property
+    def length(self) -> int:
+        """Number of positions from the first that any head sees to the query."""
+        return (self.size - 1) * max((self.default_distance, *self.distances)) + 1
+
+    def by_head(self, heads: int) -> tuple[int, ...]:
+        """Return the distance of each head."""
+        return (self.default_distance,) * (heads - len(self.distances)) + self.distances
+
+
+@dataclass(frozen=True)
 class Visibility(Memo):
     """Visible keys of the queries at offsets 0 to num_queries - 1.
 
@@ -111,6 +135,8 @@ class Visibility(Memo):
         visible_until: ``(batch or 1, keys)`` int64, offset from which it is no longer visible.
         key_ranges: Static bounds in key order; their ``num_keys`` sum to the number of keys.
         pattern: Additional visible pairs.
+        dilated: Window that limits the intervals by head. Then the keys have consecutive offsets, ``visible_from``,
+            which end at the last query's. None if all heads see the same.
     """
 
     visible_from: Tensor
@@ -118,6 +144,7 @@ class Visibility(Memo):
     num_queries: int
     key_ranges: tuple[KeyRange, ...]
     pattern: SparsePattern | None = None
+    dilated: DilatedWindow | None = None
 
     @property
     def num_keys(self) -> int:
@@ -175,10 +202,15 @@ def create_mask(
     return is_inside(offset, visibility.visible_from[:, None, low:high], visibility.visible_until[:, None, low:high])
 
 
-def compute_key_counts(visibility: Visibility) -> Tensor:
+def compute_key_counts(visibility: Visibility, heads: int = 1) -> Tensor:
     """Return how often each key counts for each query, ``(batch or 1, heads or 1, queries, keys)`` int64."""
     visible = create_mask(visibility)[:, None]
     counts = visible.long()
+    if (dilated := visibility.dilated) is not None:
+        offset = torch.arange(visibility.num_queries, device=visible.device)
+        age = (offset[:, None] - visibility.visible_from[:, None])[:, None]
+        distance = torch.tensor(dilated.by_head(heads), device=visible.device)[:, None, None]
+        counts = counts * ((age % distance == 0) & (age < dilated.size * distance)).long()
     pattern = visibility.pattern
     if pattern is None:
         return counts
@@ -197,10 +229,10 @@ def compute_key_counts(visibility: Visibility) -> Tensor:
     return counts
 
 
-def num_visible_pairs(visibility: Visibility) -> Tensor:
+def num_visible_pairs(visibility: Visibility, heads: int = 1) -> Tensor:
     """Return the number of visible pairs, ``(batch or 1,)`` int64; the mean over heads if they differ."""
-    if visibility.pattern is not None:
-        mask = compute_key_counts(visibility) > 0
+    if visibility.pattern is not None or visibility.dilated is not None:
+        mask = compute_key_counts(visibility, heads) > 0
         return mask.sum((1, 2, 3)) // mask.shape[1]
     first = visibility.visible_from.clamp(0, visibility.num_queries)
     last = visibility.visible_until.clamp(0, visibility.num_queries)

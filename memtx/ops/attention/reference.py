@@ -87,7 +87,7 @@ def attend(
     if bias is not None:
         block_bias = compute_block_bias(bias, (0, visibility.num_queries), (0, visibility.num_keys))
         scores = scores + block_bias.to(scores.dtype)
-    counts = compute_key_counts(visibility)
+    counts = compute_key_counts(visibility, q.shape[1])
     if visibility.pattern is not None and visibility.pattern.count_duplicates:
         # A key that counts n times equals n keys with the same score.
         scores = scores + counts.clamp(min=1).to(scores.dtype).log()

@@ -53,7 +53,7 @@ class Throughput(pl.Callback):
         self.every_n_batches, self.peak_tflops = every_n_batches, peak_tflops
         self._start_time, self._num_tokens = 0.0, 0
         self._flops_per_token: float | None = None
-        self._flops_counted = False
+        self._counted_length: int | None = 0  # segment length at the last count
 
     def _reset_window(self) -> None:
         self._start_time, self._num_tokens = time.perf_counter(), 0
@@ -86,10 +86,11 @@ class Throughput(pl.Callback):
         self._reset_window()
 
     def _get_flops_per_token(self, trainer: pl.Trainer, module: pl.LightningModule) -> float | None:
-        """Return the training operations per token, counted on first use; None if unknown."""
-        if self._flops_counted:
+        """Return the training operations per token, counted for each segment length; None if unknown."""
+        length = getattr(module, "segment_length", None)
+        if self._counted_length == length:
             return self._flops_per_token
-        self._flops_counted = True
+        self._counted_length = length
         if isinstance(module, LanguageModule):
             try:
                 flops = cost.count_flops(module.model, module.segment_length)

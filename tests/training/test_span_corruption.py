@@ -1,0 +1,105 @@
+"""Span corruption: the text can be put together again from inputs and targets, and a model learns to do so."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memtx.errors import MemtxError
+from memtx.models.encoder import Encoder
+from memtx.models.encoder_decoder import EncoderDecoder
+from memtx.training.span_corruption import SpanCorruptionModule, corrupt_spans, mask_geometric_spans, sample_noise_spans
+from tests.training.small import adam, data, trainer
+
+SENTINELS = list(range(1000, 1100))
+
+
+def restore(inputs: list[int], targets: list[int]) -> list[int]:
+    """Put the spans of the targets in place of their sentinels."""
+    spans: dict[int, list[int]] = {}
+    for token in targets:
+        if token >= SENTINELS[0]:
+            spans[token] = span = []
+        else:
+            span.append(token)
+    assert list(spans) == SENTINELS[: len(spans)]
+    assert spans.popitem()[1] == []
+    return [restored for token in inputs for restored in spans.get(token, [token])]
+
+
+@given(st.integers(2, 90), st.floats(0.05, 0.9), st.floats(1.0, 8.0), st.integers(0, 99))
+def test_a_text_is_in_inputs_and_targets_once(length: int, density: float, mean: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    spans = torch.stack([sample_noise_spans(length, density, mean, generator) for _ in range(3)])
+    num_noise = min(max(round(length * density), 1), length - 1)
+    assert spans.sum(1).tolist() == [num_noise] * 3
+    assert not spans[:, 0].any()
+    tokens = torch.randint(1000, (3, length), generator=generator)
+    corrupted = corrupt_spans(tokens, spans, SENTINELS)
+    for row in range(3):
+        assert restore(corrupted.inputs[row].tolist(), corrupted.targets[row].tolist()) == tokens[row].tolist()
+
+
+def test_the_figure_of_the_paper() -> None:
+    words = ["Thank", "you", "for", "inviting", "me", "to", "your", "party", "last", "week", "."]
+    tokens = torch.arange(len(words))[None]
+    is_noise = torch.tensor([[word in ("for", "inviting", "last") for word in words]])
+    corrupted = corrupt_spans(tokens, is_noise, [100, 101, 102])
+    names = {**dict(enumerate(words)), 100: "<X>", 101: "<Y>", 102: "<Z>"}
+    inputs, targets = ([names[token] for token in part[0].tolist()] for part in corrupted)
+    assert " ".join(inputs) == "Thank you <X> me to your party <Y> week ."
+    assert " ".join(targets) == "<X> for inviting <Y> last <Z>"
+    with pytest.raises(MemtxError, match="2 sentinels for 2 spans"):
+        corrupt_spans(tokens, is_noise, [100, 101])
+
+
+@given(st.integers(1, 60), st.integers(0, 99))
+def test_geometric_spans_are_whole_words_within_the_budget(length: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(5, 50, (2, length), generator=generator)
+    tokens[:, length // 2] = 1
+    word_ids = torch.randint(2, (2, length), generator=generator).cumsum(1)
+    masked = mask_geometric_spans(
+        tokens, mask_token_id=0, vocab_size=50, mask_prob=0.3, word_ids=word_ids, special_token_ids=[1],
+        generator=generator,
+    )  # fmt: skip
+    selected = masked.labels >= 0
+    assert torch.equal(masked.labels[selected], tokens[selected])
+    assert torch.equal(masked.tokens[~selected], tokens[~selected])
+    assert not selected[tokens == 1].any()
+    assert (selected.sum(1) <= max(1, round(0.3 * length))).all()
+    for row in range(2):
+        for word in word_ids[row].unique():
+            assert selected[row, word_ids[row] == word].unique().numel() == 1
+
+
+def test_geometric_spans_have_the_published_mean() -> None:
+    tokens = torch.zeros(1, 40_000, dtype=torch.int64)
+    masked = mask_geometric_spans(
+        tokens, mask_token_id=1, vocab_size=2, mask_prob=0.02, generator=torch.Generator().manual_seed(0)
+    )
+    selected = torch.nn.functional.pad(masked.labels >= 0, (1, 1))[0].int()
+    lengths = (selected.diff() == -1).nonzero() - (selected.diff() == 1).nonzero()
+    # The mean of about 210 spans, whose standard deviation is 2.7.
+    assert lengths.double().mean() == pytest.approx(3.8, abs=0.6)
+
+
+def test_an_encoder_decoder_is_trained(tmp_path: Path) -> None:
+    encoder = partial(Encoder, dim=16, depth=1, heads=2, add_mlm_head=False)
+    make: Any = partial(EncoderDecoder, encoder=encoder, depth=1, heads=2, num_positions=40)
+    torch.manual_seed(0)
+    run = SpanCorruptionModule(make, mean_span_length=2.0, num_sentinels=8, optimizer=adam)
+    assert run.model.vocab_size == 257 + 8
+    fitted = trainer(tmp_path, max_steps=30, limit_val_batches=2)
+    fitted.fit(run, datamodule=data(tmp_path, segment_length=32, bptt_segments=1))
+    (results,) = fitted.validate(run, datamodule=data(tmp_path, segment_length=32, bptt_segments=1), verbose=False)
+    assert results["val_loss"] < 5.0  # 5.6 untrained
+    for options in ({"noise_density": 1.0}, {"mean_span_length": 0.5}, {"model": None}):
+        with pytest.raises(MemtxError):
+            SpanCorruptionModule(**({"model": make} | options))
