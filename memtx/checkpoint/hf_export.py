@@ -64,10 +64,15 @@ def export(
         padding_side = "right" if exported.depends_on_segmentation(language_model) else "left"
         parts = export_tokenizer(tokenizer, padding_side=padding_side)
         excluded_ids = [*parts.excluded_ids, *range(tokenizer.vocab_size, language_model.vocab_size)]
-        generation = {**parts.token_ids, **({"suppress_tokens": excluded_ids} if excluded_ids else {})}
+        generation = {
+            "use_cache": True,
+            **parts.token_ids,
+            **({"suppress_tokens": excluded_ids} if excluded_ids else {}),
+        }
         parts.texts[GENERATION_FILE] = files.json_text(generation)
     elif tokenizer is not None:
         parts = _read_published(Path(tokenizer))
+    parts.texts.setdefault(GENERATION_FILE, files.json_text({"use_cache": True}))
     config = exported.describe(language_model, segment_length=segment_length, **parts.token_ids)
     card = write_card(language_model, name or Path(path).name, facts or TrainingFacts())
     exported.write(language_model, path, config)

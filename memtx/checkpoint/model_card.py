@@ -63,7 +63,8 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))
 ```
 
-Stream a text of any length piece by piece; `cache` is the state:
+Stream a text of any length piece by piece; `cache` is the state (`past_key_values` in earlier releases of
+transformers):
 
 ```python
 cache = None

@@ -45,6 +45,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         names = ", ".join(dropped[:MAX_NAMES_SHOWN]) + (", ..." if len(dropped) > MAX_NAMES_SHOWN else "")
         message += f" Dropped {len(dropped)} weights that the layout cannot hold ({names})."
     sys.stdout.write(f"{message}\n")
+    _upload(arguments)
     if arguments.to is not None:
         words = ["fit", "--config", f"configs/{arguments.to}-mlm.yaml", "--model.pretrained", arguments.target]
         if arguments.freeze is not None:
@@ -73,7 +74,6 @@ def _convert_to_hf(arguments: argparse.Namespace) -> None:
     if arguments.layout is not None:
         raise MemtxError("--layout is given with --to hf, which has a layout of its own.", "Remove --layout.")
     with options.user_modules(arguments.modules):
-        from memtx.checkpoint import hub
         from memtx.checkpoint.hf_export import export_checkpoint
 
         summary = export_checkpoint(
@@ -85,11 +85,18 @@ def _convert_to_hf(arguments: argparse.Namespace) -> None:
         )
         message = f"'{arguments.target}': {summary.model_class} with {summary.num_parameters:,} parameters, and "
         sys.stdout.write(f"{message}{', '.join(summary.extra_files)}; from {summary.source}.\n")
-        if arguments.push_to_hub is not None:
-            sys.stdout.write(f"Uploaded: {hub.upload(arguments.target, arguments.push_to_hub)}\n")
+    _upload(arguments)
     sys.stdout.write(
         f"Open it with AutoModelForCausalLM.from_pretrained({arguments.target!r}, trust_remote_code=True).\n"
     )
+
+
+def _upload(arguments: argparse.Namespace) -> None:
+    """Upload the target if asked to."""
+    if arguments.push_to_hub is not None:
+        from memtx.checkpoint import hub
+
+        sys.stdout.write(f"Uploaded: {hub.upload(arguments.target, arguments.push_to_hub)}\n")
 
 
 def _make_change(arguments: argparse.Namespace) -> Callable[[PretrainedModel], PretrainedModel]:
@@ -117,7 +124,10 @@ def main(argv: list[str]) -> int:
         "The shards of a distributed checkpoint are merged.",
     )
     add = parser.add_argument
-    add("source", help="a .ckpt file or folder, a run folder (its best checkpoint) or a model folder")
+    add(
+        "source",
+        help="a .ckpt file or folder, a run folder (its best checkpoint), a model folder, or user/name of the hub",
+    )
     add("target", help="folder to create")
     add("--layout", metavar="FOLDER", help="write the layout of this Hugging Face folder, which training started from")
     sparse, hf = "give an encoder with full attention a sparse one", "write a language model for transformers"
@@ -129,7 +139,7 @@ def main(argv: list[str]) -> int:
     help_text = "--to: what the printed command does not train: the position embeddings, or all the rest"
     add("--freeze", choices=tuple(FREEZE_PATTERNS), help=help_text)
     add("--segment-length", type=options.positive_int, help="--to hf: tokens read at a time (default: 512)")
-    add("--push-to-hub", metavar="USER/NAME", help="--to hf: upload the folder to this repository")
+    add("--push-to-hub", metavar="USER/NAME", help="upload the folder to this repository of the hub")
     add("--overwrite", action="store_true", help="replace the target if it exists")
     parser.add_import_option()
     return parser.run(argv, _convert)

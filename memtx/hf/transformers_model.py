@@ -6,6 +6,7 @@ Importing this module needs ``transformers`` (``pip install 'memtx[hf]'``). The 
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any, ClassVar, Self
 
 import torch
@@ -21,6 +22,9 @@ from memtx.hf.memory_cache import MemoryCache, check_cache
 from memtx.hf.padding import PaddedBatch, read_masks
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.ops.cross_entropy import IGNORE_INDEX
+
+CACHE_NAME = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values"))
+"""Name of the cache: ``past_key_values`` in earlier releases of ``transformers``."""
 
 
 class MemtxConfig(transformers.PretrainedConfig):  # type: ignore[misc]
@@ -55,6 +59,7 @@ class MemtxForCausalLM(transformers.PreTrainedModel, GenerationMixin):  # type: 
     base_model_prefix = exported.PREFIX.rstrip(".")
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    _supports_sdpa = True  # memtx chooses the kernel itself
     _is_stateful = True  # refuses generation that takes tokens back
     _skip_keys_device_placement = ("cache", "past_key_values")
 
@@ -106,9 +111,9 @@ class MemtxForCausalLM(transformers.PreTrainedModel, GenerationMixin):  # type: 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:
         """Write the folder as in ``transformers``, with the module file that opens it."""
         self.config.auto_map = dict(exported.AUTO_MAP)
-        super().save_pretrained(save_directory, **options)
         if options.get("is_main_process", True):
-            exported.write_module(save_directory)
+            exported.write_module(save_directory)  # first, since super() may upload the folder
+        super().save_pretrained(save_directory, **options)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Do nothing: the constructor has initialized the weights."""
@@ -183,8 +188,9 @@ class MemtxForCausalLM(transformers.PreTrainedModel, GenerationMixin):  # type: 
             raise MemtxError("output_attentions is not supported.", "Remove it; see memtx.list_sources.")
         if labels is not None and labels.shape != inputs.shape[:2]:
             raise MemtxError(f"labels is {tuple(labels.shape)}, expected {tuple(inputs.shape[:2])}.", "Match them.")
-        cache = cache if cache is not None else past_key_values
-        cache = check_cache(cache)
+        if cache is not None and past_key_values is not None and cache is not past_key_values:
+            raise MemtxError("Both cache and past_key_values are given.", f"Give {CACHE_NAME} alone.")
+        cache = check_cache(cache if cache is not None else past_key_values)
         cache = MemoryCache() if cache is None else cache
         batch = read_masks(
             self.model, inputs, attention_mask, position_ids, state=cache.state, num_cached=cache.num_tokens,
@@ -196,7 +202,8 @@ class MemtxForCausalLM(transformers.PreTrainedModel, GenerationMixin):  # type: 
         return_dict = self.config.return_dict if return_dict is None else return_dict
         is_step = inputs.shape[1:] == (1,) and batch.document_starts is batch.valid_length is None
         if is_step and returns_cache and labels is None and not (wants_hidden_states or torch.is_grad_enabled()):
-            output = CausalLMOutputWithPast(logits=cache.step(self.model, batch.inputs[:, 0])[:, None], cache=cache)
+            logits_of_step = cache.step(self.model, batch.inputs[:, 0])[:, None]
+            output = CausalLMOutputWithPast(logits=logits_of_step, **{CACHE_NAME: cache})
             return output if return_dict else output.to_tuple()
         state = self.model.init_state(len(inputs)) if cache.state is None else cache.state
         logits: list[Tensor] = []
@@ -223,7 +230,7 @@ class MemtxForCausalLM(transformers.PreTrainedModel, GenerationMixin):  # type: 
             loss=None if labels is None else self._loss(all_logits, labels, aux_loss, options),
             logits=all_logits,
             hidden_states=tuple(torch.cat(parts, dim=1) for parts in zip(*hidden_states, strict=True)) or None,
-            cache=cache if returns_cache else None,
+            **{CACHE_NAME: cache if returns_cache else None},
         )
         return output if return_dict else output.to_tuple()
 
@@ -251,11 +258,11 @@ class MemtxForCausalLM(transformers.PreTrainedModel, GenerationMixin):  # type: 
         self, generation_config: Any, model_kwargs: dict[str, Any], *arguments: Any, **options: Any
     ) -> None:
         """Give ``generate`` a fresh cache unless the caller has one; raises MemtxError for a cache of another kind."""
-        if (kind := generation_config.cache_implementation) is not None:
+        if (kind := generation_config.cache_implementation) not in (None, "dynamic"):
             raise MemtxError(f"cache_implementation is '{kind}'.", "Remove it: the cache of this model is its state.")
-        cache = check_cache(model_kwargs.get("cache"))
+        cache = check_cache(model_kwargs.get(CACHE_NAME))
         if cache is None and generation_config.use_cache is not False:
-            model_kwargs["cache"] = MemoryCache()
+            model_kwargs[CACHE_NAME] = MemoryCache()
 
     def prepare_inputs_for_generation(
         self,

@@ -76,5 +76,6 @@ def test_memories_of_layers_are_listed(tmp_path: Path) -> None:
         output_memory=memtx.CopyMemory,
     )  # fmt: skip
     model.save_pretrained(tmp_path, hf=True)
+    assert (tmp_path / "generation_config.json").is_file()
     lines = (tmp_path / "README.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in lines if "Memory (" in line] == ["0 to 1", "2", "output"]

@@ -22,6 +22,10 @@ from tests.hf.fake_hub import FakeHub, serve
 def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     with serve() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        # Read at import.
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.endpoint)
         monkeypatch.setenv("HF_TOKEN", server.token)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -78,6 +82,8 @@ def test_converted_run_is_uploaded(fake_hub: FakeHub, tmp_path: Path) -> None:
     assert memtx.from_pretrained("user/run").fingerprint == model().fingerprint
     assert main(["generate", "--checkpoint", "user/run", "--prompt", "A", "--max-tokens", "3"]) == 0
     assert main(["generate", "--checkpoint", "user/missing", "--prompt", "A", "--max-tokens", "3"]) == 2
+    assert main(["convert", "user/run", "plain", "--push-to-hub", "user/plain"]) == 0
+    assert memtx.from_pretrained("user/plain").fingerprint == model().fingerprint
     export_checkpoint("user/run@main", tmp_path / "again")
     assert memtx.from_pretrained(tmp_path / "again").fingerprint == model().fingerprint
 

@@ -100,11 +100,12 @@ def test_round_trip_and_greedy_text(kind: str, tmp_path: Path) -> None:
         expected, actual = model(ids()), wrapped(ids())
     torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=1e-6)
     assert torch.equal(wrapped.generate(ids(), max_new_tokens=20, do_sample=False)[:, 60:], greedy(model, ids(), 20))
-    wrapped.save_pretrained(tmp_path / "again")
+    wrapped.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    assert (tmp_path / "again" / "model.safetensors.index.json").is_file()
     for folder in ("hf", "again"):
         assert memtx.from_pretrained(tmp_path / folder).fingerprint == model.fingerprint
     # The class is known without the folder's code once memtx has been imported.
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", attn_implementation="sdpa")
     with torch.no_grad():
         torch.testing.assert_close(again(ids()).logits, expected.logits, rtol=0, atol=1e-6)
 
@@ -247,6 +248,7 @@ def test_unsupported_requests_are_refused_in_one_line(wrapped: Any, tmp_path: Pa
         ("cannot be resized", lambda: wrapped.resize_token_embeddings(300)),
         ("has 300, but the model has 257", lambda: wrapped(torch.full((1, 3), 300))),
         ("DynamicCache", lambda: wrapped(ids(), cache=transformers.DynamicCache())),
+        ("Both cache", lambda: wrapped(ids(), cache=cache, past_key_values=wrapped(ids()).cache)),
         ("cache_implementation", lambda: wrapped.generate(ids(), cache_implementation="static")),
         ("the cache has read 60", lambda: wrapped.generate(ids(), cache=cache, max_new_tokens=1)),
         ("position_ids", lambda: wrapped(ids(), position_ids=torch.arange(5, 65)[None])),
