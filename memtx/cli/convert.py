@@ -18,7 +18,7 @@ MAX_NAMES_SHOWN = 3
 TARGET_OPTIONS: dict[str, dict[str, int | None]] = {
     "longformer": {"max_length": 4096, "window": 512, "freeze": None},
     "bigbird": {"max_length": 4096, "block_size": 64, "num_random_blocks": 3, "freeze": None},
-    "hf": {"segment_length": None, "push_to_hub": None},
+    "hf": {"segment_length": None},
 }
 """Options of each ``--to`` with their defaults."""
 
