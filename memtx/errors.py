@@ -40,7 +40,8 @@ def missing_package_error(feature: str, error: ImportError, extra: str) -> Memtx
 
 def pip_name(module: str) -> str:
     """Return the name to install a module by: an extra of memtx, or the package, which may differ from the module."""
-    extras = {"datasets": "data", "pyarrow": "data", "faiss": "retrieval", "peft": "retrofit"}
+    extras = {"datasets": "data", "pyarrow": "data", "faiss": "retrieval", "peft": "retrofit", "ray": "ray"}
+    extras |= dict.fromkeys(("onnx", "onnx_ir", "onnxruntime", "onnxscript"), "onnx")
     packages = {"sklearn": "scikit-learn", "yaml": "pyyaml", "PIL": "pillow", "cv2": "opencv-python"}
     return f"'memtx[{extras[module]}]'" if module in extras else packages.get(module, module)
 

@@ -1,4 +1,4 @@
-"""Metrics that torchmetrics lacks: bits per byte, PG-19's word perplexity, SQuAD's and CoNLL's scores.
+"""Metrics that torchmetrics lacks: bits per byte, PG-19's word perplexity, SQuAD's, CoNLL's and retrieval's scores.
 
 The first two sum in float64 and divide once, at the end: a mean of batch means would weight short and long batches
 equally, and a float32 sum stops growing after about ten million tokens.
@@ -11,7 +11,8 @@ import re
 import string
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,6 +91,16 @@ class BitsPerCharacter(BitsPerByte):
     unit = "characters"
 
 
+class Perplexity(_NllPerUnit):
+    """``exp(nll / tokens)``: the measure of benchmarks with a vocabulary of words, line ends included."""
+
+    unit = "tokens"
+
+    def compute(self) -> Tensor:
+        """Return the perplexity, ``()`` float64; NaN without tokens."""
+        return (self.nll / self.units).exp()
+
+
 class WordPerplexity(_NllPerUnit):
     """``exp(nll / words of the raw text)``, PG-19's measure (Rae et al. 2019, section 4.1).
 
@@ -145,6 +156,128 @@ class SpanF1(_SumMetric):
     def compute(self) -> Tensor:
         """Return F1, ``()`` float32; 0 if no span is correct."""
         return (2 * self.true_positives / (self.num_predictions + self.num_targets).clamp(min=1)).float()
+
+
+class ClassReport(Metric):
+    """Precision, recall and F1 of each class, and how often each true class was predicted as each class.
+
+    Args:
+        classes: Names of the classes that are scored: labels, or types of spans.
+        confusion_classes: Names of the classes of the confusion matrix; none for no matrix.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    counts: Tensor
+    confusion: Tensor
+
+    def __init__(self, classes: Sequence[str], confusion_classes: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.classes, self.confusion_classes = tuple(classes), tuple(confusion_classes)
+        size = len(self.confusion_classes)
+        # true positives, predictions and targets of each class
+        self.add_state("counts", torch.zeros(3, len(self.classes), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("confusion", torch.zeros(size, size, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(
+        self, predictions: Collection[tuple[str, *tuple[int, ...]]], targets: Collection[tuple[str, *tuple[int, ...]]]
+    ) -> None:
+        """Add predicted and true items of one example: tuples that begin with their class, such as spans."""
+        predicted, true = set(predictions), set(targets)
+        for line, items in enumerate((predicted & true, predicted, true)):
+            for name, *_ in items:
+                self.counts[line, self.classes.index(name)] += 1
+
+    def update_confusion(self, predictions: Sequence[str], targets: Sequence[str]) -> None:
+        """Add the predicted and the true class of each item of one example."""
+        for prediction, target in zip(predictions, targets, strict=True):
+            line, column = self.confusion_classes.index(target), self.confusion_classes.index(prediction)
+            self.confusion[line, column] += 1
+
+    def compute(self) -> dict[str, Any]:
+        """Return ``classes`` (precision, recall, f1 and support by name), and ``confusion`` with its matrix, if any."""
+        true_positives, num_predictions, num_targets = self.counts.double()
+        values = {
+            "precision": true_positives / num_predictions.clamp(min=1),
+            "recall": true_positives / num_targets.clamp(min=1),
+            "f1": 2 * true_positives / (num_predictions + num_targets).clamp(min=1),
+            "support": self.counts[2],
+        }
+        columns = {name: column.tolist() for name, column in values.items()}
+        classes = {
+            label: {name: column[index] for name, column in columns.items()} for index, label in enumerate(self.classes)
+        }
+        confusion = {"labels": list(self.confusion_classes), "matrix": self.confusion.tolist()}
+        return {"classes": classes} | ({"confusion": confusion} if self.confusion_classes else {})
+
+
+class RetrievalScore(Metric):
+    """Score of the rank of each query's document among all documents: mean reciprocal rank, or recall at k.
+
+    Every document counts once, and other right documents of the same query are left out. A document with the same
+    cosine ranks before the right one, so that equal vectors score as badly as they are.
+
+    Args:
+        k: Ranks that count as found. None for the mean reciprocal rank.
+    """
+
+    higher_is_better = True
+    is_differentiable = False
+    full_state_update = False
+
+    query_vectors: list[Tensor]
+    query_ids: list[Tensor]
+    target_ids: list[Tensor]
+    document_vectors: list[Tensor]
+    document_ids: list[Tensor]
+
+    def __init__(self, k: int | None = None) -> None:
+        super().__init__()
+        self.k = k
+        for name in ("query_vectors", "query_ids", "target_ids", "document_vectors", "document_ids"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(
+        self,
+        query_vectors: Tensor,
+        query_ids: Tensor,
+        target_ids: Tensor,
+        document_vectors: Tensor,
+        document_ids: Tensor,
+    ) -> None:
+        """Add queries and documents: vectors of unit length, ``(n, dim)``, and ids, ``(n,)``, equal for equal texts."""
+        self.query_vectors.append(query_vectors)
+        self.query_ids.append(query_ids)
+        self.target_ids.append(target_ids)
+        self.document_vectors.append(document_vectors)
+        self.document_ids.append(document_ids)
+
+    def compute(self) -> Tensor:
+        """Return the mean over queries, ``()`` float32."""
+        query_vectors, query_ids, target_ids, vectors, ids = (
+            _concatenate(getattr(self, name)) for name in self._defaults
+        )
+        document_ids, inverse = torch.unique(ids, return_inverse=True)
+        first = torch.full_like(document_ids, len(ids)).scatter_reduce(
+            0, inverse, torch.arange(len(ids), device=ids.device), "amin"
+        )
+        documents = vectors[first].float()
+        targets = torch.searchsorted(document_ids, target_ids)
+        total = torch.zeros((), device=ids.device)
+        for indices in torch.split(torch.arange(len(query_ids), device=ids.device), 1024):
+            scores = query_vectors[indices].float() @ documents.T
+            target_scores = scores.gather(1, targets[indices, None])
+            pairs = query_ids[indices, None] == query_ids  # queries of the same text
+            row, pair = pairs.nonzero(as_tuple=True)
+            scores[row, targets[pair]] = -math.inf
+            rank = 1 + (scores >= target_scores).sum(1)
+            total += (1 / rank if self.k is None else (rank <= self.k).float()).sum()
+        return total / len(query_ids)
+
+
+def _concatenate(parts: Tensor | list[Tensor]) -> Tensor:
+    return parts if isinstance(parts, Tensor) else torch.cat(parts)  # a tensor after a reduction
 
 
 class _AnswerScore(_SumMetric, ABC):

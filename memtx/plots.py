@@ -1,4 +1,4 @@
-"""Plots as PNG files: surprisal along a book, losses, accuracy by distance, series, comparisons of models and seeds.
+"""Plots as PNG files: surprisal, losses, accuracy by distance, comparisons of models and seeds.
 
 Every function writes its file atomically, and raises MemtxError for empty columns, columns of unequal length, or a file
 that cannot be written. Figures are created without pyplot, whose global state is not thread-safe.
@@ -31,9 +31,12 @@ OFFSET_LABEL: dict[str, Any] = {"textcoords": "offset points", "va": "center", "
 DPI = 150
 
 FloatArray = NDArray[np.float64]
+PlotTarget = str | os.PathLike[str] | io.BytesIO
+"""A file to write atomically, or a buffer."""
 
 
-def _create_figure(width: float, height: float, title: str = "") -> Figure:
+def create_figure(width: float, height: float, title: str = "") -> Figure:
+    """Return an empty figure of a width and height in inches."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     if title:
@@ -41,7 +44,8 @@ def _create_figure(width: float, height: float, title: str = "") -> Figure:
     return figure
 
 
-def _style_axes(axes: Any, title: str, x_label: str, y_label: str, note: str = "") -> None:
+def style_axes(axes: Any, title: str, x_label: str, y_label: str, note: str = "") -> None:
+    """Set the title, labels and look of axes."""
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=TEXT_COLOR)
     axes.set_title(note, loc="right", fontsize=8, color=MUTED_COLOR)
     axes.set_xlabel(x_label, fontsize=9, color=MUTED_COLOR)
@@ -53,21 +57,26 @@ def _style_axes(axes: Any, title: str, x_label: str, y_label: str, note: str = "
     axes.set_axisbelow(True)
 
 
-def _format_count(value: float, _: object = None) -> str:
+def format_count(value: float, _: object = None) -> str:
+    """Return a count with its unit, such as 12k."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{unit}"
     return f"{value:g}"
 
 
-def _save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    content = io.BytesIO()
+def save_figure(figure: Figure, path: PlotTarget) -> None:
+    """Write a figure as PNG, a file atomically; raises MemtxError if it cannot be written."""
+    content = path if isinstance(path, io.BytesIO) else io.BytesIO()
     figure.savefig(content, format="png")
+    if isinstance(path, io.BytesIO):
+        return
     with files.atomic_open(path) as handle:
         handle.write(content.getvalue())
 
 
-def _as_equal_columns(**columns: ArrayLike) -> list[FloatArray]:
+def as_equal_columns(**columns: ArrayLike) -> list[FloatArray]:
+    """Return columns as float64; raises MemtxError unless they have one length, at least 1."""
     arrays = [np.asarray(column, dtype=np.float64) for column in columns.values()]
     if len({array.shape for array in arrays}) != 1 or arrays[0].ndim != 1 or not arrays[0].size:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in zip(columns, arrays, strict=True))
@@ -86,7 +95,7 @@ def moving_average(values: ArrayLike, radius: int) -> FloatArray:
 
 
 def _draw_surprisal_curve(axes: Any, curve: tuple[ArrayLike, ArrayLike]) -> None:
-    position, mean = _as_equal_columns(position=curve[0], mean=curve[1])
+    position, mean = as_equal_columns(position=curve[0], mean=curve[1])
     radius = max(1, len(mean) // 60)
     smooth = moving_average(mean, radius)
     # The spread of the chunks' means; the spread of single tokens would hide the line.
@@ -101,16 +110,16 @@ def _draw_surprisal_curve(axes: Any, curve: tuple[ArrayLike, ArrayLike]) -> None
     margin = 0.12 * max(high - low, 0.1)
     axes.set_ylim(max(0.0, low - margin), high + margin)
     axes.set_xlim(0, position[-1] + position[0])
-    axes.xaxis.set_major_formatter(FuncFormatter(_format_count))
+    axes.xaxis.set_major_formatter(FuncFormatter(format_count))
 
 
 def _draw_loss_by_position(axes: Any, by_position: tuple[ArrayLike, ArrayLike, ArrayLike]) -> None:
-    position, mean, error = _as_equal_columns(position=by_position[0], mean=by_position[1], error=by_position[2])
+    position, mean, error = as_equal_columns(position=by_position[0], mean=by_position[1], error=by_position[2])
     bars = np.where(np.isfinite(error), error, 0.0)
     style: dict[str, Any] = {"ecolor": "#f0c8ad", "elinewidth": 2, "linewidth": 1.5, "marker": "o", "markersize": 3.5}
     axes.errorbar(position, mean, bars, color=ORANGE, **style)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(_format_count))
+    axes.xaxis.set_major_formatter(FuncFormatter(format_count))
     axes.xaxis.set_minor_locator(NullLocator())
     # The loss of the first tokens is far above the rest and must not flatten the curve.
     low, high = float(mean.min()), np.percentile(mean, 98)
@@ -130,15 +139,15 @@ def plot_surprisal(
     ``curve`` holds the middle of each chunk (tokens) and its mean surprisal (nats), ``(n,)`` each; ``by_position`` the
     position (from 1), mean surprisal (nats) and standard error, ``(m,)`` each.
     """
-    figure = _create_figure(10, 6.4, title)
+    figure = create_figure(10, 6.4, title)
     upper, lower = figure.subplots(2, 1, height_ratios=(1.25, 1))
     note = "band: one standard deviation between chunks"
-    _style_axes(upper, "Surprisal along the book", "tokens read", "nats per token", note)
+    style_axes(upper, "Surprisal along the book", "tokens read", "nats per token", note)
     _draw_surprisal_curve(upper, curve)
     lower_title = "Loss by position: the value of a longer context"
-    _style_axes(lower, lower_title, "position in the book (tokens)", "nats per token", "bars: standard error")
+    style_axes(lower, lower_title, "position in the book (tokens)", "nats per token", "bars: standard error")
     _draw_loss_by_position(lower, by_position)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def _enumerate_curves(
@@ -146,12 +155,12 @@ def _enumerate_curves(
 ) -> Iterator[tuple[str, FloatArray, FloatArray, str, str]]:
     """Yield the name, x, y, color and line style of each curve; styles change when the colors are used up."""
     for index, (name, (x, y)) in enumerate(curves.items()):
-        x_column, y_column = _as_equal_columns(**{x_name: x, y_name: y})
+        x_column, y_column = as_equal_columns(**{x_name: x, y_name: y})
         yield name, x_column, y_column, PALETTE[index % len(PALETTE)], ("-", "--", ":")[index // len(PALETTE) % 3]
 
 
 def plot_loss_curves(
-    path: str | os.PathLike[str],
+    path: PlotTarget,
     curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
     *,
     title: str = "Loss",
@@ -164,18 +173,43 @@ def plot_loss_curves(
     """
     if not curves:
         raise MemtxError("A loss plot needs at least one curve, got none.")
-    figure = _create_figure(9, 4.6)
+    figure = create_figure(9, 4.6)
     axes = figure.subplots()
-    _style_axes(axes, title, x_label, y_label)
+    style_axes(axes, title, x_label, y_label)
     for name, step, loss, color, _ in _enumerate_curves(curves, "steps", "losses"):
         radius = len(loss) // 80
         if radius:
             axes.plot(step, loss, color=color, linewidth=0.7, alpha=0.25)
         axes.plot(step, moving_average(loss, radius), color=color, linewidth=1.8, label=name)
-    axes.xaxis.set_major_formatter(FuncFormatter(_format_count))
+    axes.xaxis.set_major_formatter(FuncFormatter(format_count))
     if len(curves) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=TEXT_COLOR)
-    _save_figure(figure, path)
+    save_figure(figure, path)
+
+
+def plot_by_distance(
+    path: PlotTarget,
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+) -> None:
+    """Draw values over distances, or positions, above 0 on a logarithmic axis.
+
+    ``curves`` maps a name to (distances, values), ``(n,)`` each.
+    """
+    figure = create_figure(8, 4.4)
+    axes = figure.subplots()
+    style_axes(axes, title, x_label, y_label)
+    for name, x, y, color, style in _enumerate_curves(curves, "distances", "values"):
+        axes.plot(x, y, color=color, linewidth=1.8, linestyle=style, marker="o", markersize=3.5, label=name)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(format_count))
+    axes.xaxis.set_minor_locator(NullLocator())
+    if len(curves) > 1:
+        axes.legend(frameon=False, fontsize=8, labelcolor=TEXT_COLOR)
+    save_figure(figure, path)
 
 
 def plot_accuracy(
@@ -192,9 +226,9 @@ def plot_accuracy(
     """
     if not curves:
         raise MemtxError("An accuracy plot needs at least one curve, got none.")
-    figure = _create_figure(8, 4.4)
+    figure = create_figure(8, 4.4)
     axes = figure.subplots()
-    _style_axes(axes, title, x_label, "accuracy")
+    style_axes(axes, title, x_label, "accuracy")
     for name, x, y, color, style in _enumerate_curves(curves, "distances", "accuracies"):
         axes.plot(x, y, color=color, linewidth=1.8, linestyle=style, marker="o", markersize=3.5, label=name)
     axes.axhline(chance_level, color=MUTED_COLOR, linewidth=0.9, linestyle=DASHED, label="chance")
@@ -202,11 +236,11 @@ def plot_accuracy(
     axes.set_ylim(-0.03, 1.03)
     # Few distances may lie between two powers of ten: label the distances of the longest curve.
     axes.set_xticks(np.asarray(max((distances for distances, _ in curves.values()), key=len), dtype=np.float64))
-    axes.xaxis.set_major_formatter(FuncFormatter(_format_count))
+    axes.xaxis.set_major_formatter(FuncFormatter(format_count))
     axes.xaxis.set_minor_locator(NullLocator())
     legend: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "handlelength": 3.5}
     axes.legend(frameon=False, fontsize=8, labelcolor=TEXT_COLOR, **legend)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def plot_model_comparison(
@@ -222,10 +256,10 @@ def plot_model_comparison(
         array = np.asarray(values, dtype=np.float64)
         if array.shape != (len(model_names),) or not np.isfinite(array).all() or (array < 0).any():
             raise MemtxError(f"'{measure}' is {list(values)}, expected {len(model_names)} finite values, none below 0.")
-    figure = _create_figure(2.2 + 2.6 * len(panels), 1.3 + 0.45 * len(model_names), title)
+    figure = create_figure(2.2 + 2.6 * len(panels), 1.3 + 0.45 * len(model_names), title)
     labels = model_names
     for axes, (measure, values) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        _style_axes(axes, measure, "", "")
+        style_axes(axes, measure, "", "")
         heights = np.arange(len(model_names))[::-1]
         axes.barh(heights, values, height=0.55, color=[MUTED_COLOR, *[BLUE] * (len(model_names) - 1)], linewidth=0)
         for height, value in zip(heights, values, strict=True):
@@ -234,9 +268,9 @@ def plot_model_comparison(
         axes.set_yticks(heights, labels, fontsize=9, color=TEXT_COLOR)
         labels = [""] * len(model_names)
         axes.set_xlim(0, 1.3 * max(*values, 1e-9))
-        axes.xaxis.set_major_formatter(FuncFormatter(_format_count))
+        axes.xaxis.set_major_formatter(FuncFormatter(format_count))
         axes.xaxis.set_major_locator(MaxNLocator(4))
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def plot_seed_comparison(
@@ -258,10 +292,10 @@ def plot_seed_comparison(
             raise MemtxError(f"Row '{name}' is {list(seed_values)}, expected finite values, one per seed.")
     # The axis grows upwards, so the best row comes last.
     table = sorted(results.items(), key=lambda row: float(np.mean(row[1])), reverse=lower_is_better)
-    figure = _create_figure(8.5, 1.5 + 0.46 * len(table))
+    figure = create_figure(8.5, 1.5 + 0.46 * len(table))
     axes = figure.subplots()
     direction = "lower" if lower_is_better else "higher"
-    _style_axes(axes, title, f"{unit + ', ' if unit else ''}{direction} is better", "")
+    style_axes(axes, title, f"{unit + ', ' if unit else ''}{direction} is better", "")
     axes.grid(False, axis="y")
     for height, (_, seed_values) in enumerate(table):
         values = np.asarray(seed_values, dtype=np.float64)
@@ -281,7 +315,7 @@ def plot_seed_comparison(
     # Otherwise the axis would end where a bar ends and cut off half of a dot.
     axes.use_sticky_edges = False
     axes.margins(x=0.08)
-    _save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def plot_intervals(
@@ -303,12 +337,12 @@ def plot_intervals(
         if not np.isfinite(interval).all() or not low <= mean <= high:
             raise MemtxError(f"Interval '{name}' is {tuple(interval)}, expected finite numbers (mean, low, high).")
     heights = list(map(len, panels.values()))
-    figure = _create_figure(9, 1.2 + 0.34 * sum(heights) + 0.6 * len(panels), title)
+    figure = create_figure(9, 1.2 + 0.34 * sum(heights) + 0.6 * len(panels), title)
     all_axes = figure.subplots(
         len(panels), 1, squeeze=False, sharex=True, height_ratios=[size + 0.8 for size in heights]
     )
     for axes, (name, intervals) in zip(all_axes[:, 0], panels.items(), strict=True):
-        _style_axes(axes, name, f"{unit}, lower is better" if axes is all_axes[-1, 0] else "", "")
+        style_axes(axes, name, f"{unit}, lower is better" if axes is all_axes[-1, 0] else "", "")
         axes.grid(False, axis="y")
         axes.axvline(0.0, color=MUTED_COLOR, linewidth=0.9, linestyle=DASHED)
         # The axis grows upwards, and the first interval is on top.
@@ -321,44 +355,4 @@ def plot_intervals(
         axes.set_yticks(range(len(intervals)), list(intervals)[::-1], fontsize=8, color=TEXT_COLOR)
         axes.set_ylim(-0.6, len(intervals) - 0.4)
         axes.tick_params(labelbottom=True)
-    _save_figure(figure, path)
-
-
-def plot_series(
-    path: str | os.PathLike[str],
-    values: ArrayLike | None,
-    mean: ArrayLike,
-    std: ArrayLike | None = None,
-    forecast: ArrayLike | None = None,
-    *,
-    steps_ahead: int = 1,
-    title: str = "Series",
-    max_steps: int = 240,
-) -> None:
-    """Draw the newest ``max_steps`` of a series with its predictions, two standard deviations, and a forecast.
-
-    ``values`` and ``mean`` are ``(n,)``, the series (None if it is not known) and the prediction made after each step
-    for ``steps_ahead`` steps later; ``forecast`` continues the predictions.
-    """
-    predicted = _as_equal_columns(mean=mean)[0]
-    first = max(0, len(predicted) - max_steps)
-    figure = _create_figure(10, 3.8)
-    axes = figure.subplots()
-    _style_axes(axes, title, "step", "")
-    steps = np.arange(first, len(predicted)) + steps_ahead
-    if std is not None:
-        band = 2 * _as_equal_columns(mean=mean, std=std)[1][first:]
-        low, high = predicted[first:] - band, predicted[first:] + band
-        axes.fill_between(steps, low, high, color=BLUE, alpha=0.18, linewidth=0, label="two standard deviations")
-    if values is not None:
-        series = _as_equal_columns(mean=mean, values=values)[1][first:]
-        axes.plot(steps - steps_ahead, series, color=TEXT_COLOR, linewidth=1.0, label="series")
-    name = f"predicted {steps_ahead} step{'s' * (steps_ahead != 1)} before"
-    axes.plot(steps, predicted[first:], color=BLUE, linewidth=1.3, label=name)
-    if forecast is not None:
-        future = _as_equal_columns(forecast=forecast)[0]
-        axes.plot(len(predicted) + np.arange(len(future)), future, color=ORANGE, linewidth=1.6, label="forecast")
-        axes.axvline(len(predicted) - 0.5, color=MUTED_COLOR, linewidth=0.9, linestyle=DASHED)
-    legend: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
-    axes.legend(frameon=False, fontsize=8, labelcolor=TEXT_COLOR, **legend)
-    _save_figure(figure, path)
+    save_figure(figure, path)

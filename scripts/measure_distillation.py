@@ -1,12 +1,14 @@
-"""Measure distillation: students against their teachers, and against the same students trained alone, seed by seed.
+"""Measure distillation: students against their teachers, and against the same students without them, seed by seed.
 
     python scripts/measure_distillation.py [--data FOLDER] [--output-dir runs/distillation] [--seeds 0 1 2]
         [--experiments NAME ...]
 
-FOLDER holds movie-reviews, conll2000 and pg19-mini. Each experiment trains a teacher, then every student twice for
-equally many steps on the same batches: with the teacher, and with labels alone. `memtx distil report` compares all of
-them on the test examples or texts. Finished runs and figures are not repeated, so the script can be interrupted and
-restarted. Writes results.json, table.md and a picture for each experiment.
+FOLDER holds movie-reviews, conll2000 and pg19-mini. Each experiment trains a teacher, then every student several times
+for equally many steps on the same batches: with the teacher ("distilled"), from the teacher's weights with labels alone
+("initialized"), and with labels alone ("alone"). `memtx distil report` compares all of them on the test examples or
+texts; masked language models have their loss on the validation texts. The experiments "distilbert" and "tinybert"
+follow the published recipes at a small size. Finished runs and figures are not repeated, so the script can be
+interrupted and restarted. Writes results.json, table.md and a picture for each experiment.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from typing import Any
 
 import benchmarking
 import torch
-from training_runs import run_fit, run_memtx
+from training_runs import last_value, read_metrics, run_fit, run_memtx
 
+import memtx
 from memtx import plots
+from memtx.evaluation.compare import num_parameters
 
 LOSSES_MODULE = "memtx.training.distillation"
 
@@ -34,18 +38,24 @@ def format_losses(**weights: dict[str, Any]) -> str:
     )
 
 
-def distillation_options(teacher: Path | None, losses: str) -> list[str]:
-    """Return the options of a student's run with a teacher, or with labels alone.
+def distillation_options(teacher: Path, training: str, losses: str) -> list[str]:
+    """Return the options of a student's run: "distilled", "initialized" from the teacher's weights, or "alone".
 
     Custom losses come with the teacher's embeddings as initialization; without them, the config decides both.
     """
-    if teacher is None:
+    if training == "alone":
         return ["--model.distillation", "null"]
     custom = [
         "--model.distillation", f"{LOSSES_MODULE}.Distillation", "--model.distillation.losses", losses,
         "--model.distillation.init_args.student_init", f"{LOSSES_MODULE}.NoLayers",
     ]  # fmt: skip
-    return [*(custom if losses else []), "--model.distillation.init_args.teacher", str(teacher)]
+    labels = ["--model.distillation.init_args.losses", format_losses(HardLabels={})]
+    return [
+        *(custom if losses else []),
+        *(labels if training == "initialized" else []),
+        "--model.distillation.init_args.teacher",
+        str(teacher),
+    ]
 
 
 @dataclass(frozen=True)
@@ -59,13 +69,15 @@ class Student:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A teacher, its students, and the options of the report that measures them."""
+    """A teacher, its students, and the options of the report that measures them; masked models have none."""
 
     data: str
     config: str
     options: list[str]
     students: dict[str, Student]
-    report_options: list[str] = field(default_factory=list)
+    report_options: list[str] | None = field(default_factory=list)
+    trainings: tuple[str, ...] = ("distilled", "initialized", "alone")
+    shares_teacher: bool = False  # among the seeds, which are then those of the students
 
 
 def encoder_options(dim: int, depth: int, heads: int, hidden_dim: int) -> list[str]:
@@ -110,15 +122,35 @@ def schedule_options(epochs: int, learning_rate: float) -> list[str]:
     return [f"--trainer.max_epochs={epochs}", f"--model.optimizer.init_args.lr={learning_rate}"]
 
 
+PRETRAINED_TOKENIZER = (
+    "--data.tokenizer={class_path: memtx.data.hf_tokenizers.WordPieceTokenizer, init_args: {vocab_size: 4000}}"
+)
+
+
+def masked_options(depth: int, dim: int, steps: int, *, segment_length: int = 62) -> list[str]:
+    """Return the options of a small masked language model's run, with four heads and one learning rate for all."""
+    sizes = {"depth": depth, "dim": dim, "heads": 4, "hidden_dim": 4 * dim}
+    return [
+        *(f"--model.model.init_args.{name}={value}" for name, value in sizes.items()),
+        PRETRAINED_TOKENIZER, f"--data.segment_length={segment_length}", "--data.batch_size=32",
+        "--data.eval_batch_size=32", "--data.eval_tokens=100000", "--data.num_workers=1",
+        "--model.optimizer.init_args.lr=1e-3", f"--model.scheduler.init_args.warmup_steps={steps // 20}",
+        "--trainer.precision=32-true", "--trainer.accumulate_grad_batches=1", "--trainer.accelerator=cpu",
+        f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}",
+    ]  # fmt: skip
+
+
+MASKED_STEPS, STUDENT_STEPS, GENERAL_STEPS = 1200, 150, 150
+TEACHER_DEPTH, TEACHER_DIM = 4, 96
+
 EXPERIMENTS = {
-    "conll2000": Experiment(
-        "conll2000",
-        "conll2000",
-        [],
-        {
-            "DistilBERT's losses": Student("conll2000", encoder_options(96, 1, 2, 192), DISTILBERT_LOSSES),
-            "TinyBERT's losses": Student("tinybert-task"),
-        },
+    "distilbert": Experiment(
+        "pg19-mini",
+        "distilbert",
+        [*masked_options(TEACHER_DEPTH, TEACHER_DIM, MASKED_STEPS), "--model.distillation=null"],
+        {"half of the layers": Student("distilbert", masked_options(TEACHER_DEPTH // 2, TEACHER_DIM, STUDENT_STEPS))},
+        report_options=None,
+        shares_teacher=True,
     ),
     "movie-reviews": Experiment(
         "movie-reviews",
@@ -146,51 +178,140 @@ EXPERIMENTS = {
             "--model.model.init_args.depth=4",
             '--model.model.init_args.memories=[{"class_path":"memtx.RecurrentMemory","init_args":{"window":256}}]',
             "--model.measure_memory_gain=false",
-            *step_options(800),
+            *step_options(400),
         ],
-        {"long-to-memory": Student("long-to-memory", [*decoder_options(96, 256), *step_options(500)])},
+        {"long-to-memory": Student("long-to-memory", [*decoder_options(96, 256), *step_options(250)])},
         # Beyond its window of 64 positions, the student has only its memory.
         ["--max-length=8192", "--min-position=64", "--limit=16"],
     ),
 }
 
 
+NAMES = [*EXPERIMENTS, "tinybert"]
+TASK_STEPS, TASK_EXAMPLES = 200, 1500
+TASK_LOSSES = format_losses(
+    # Layers for 20 of 23 parts of the run, then predictions; no labels (Jiao et al. 2020, section 4.2).
+    EmbeddingMSE={"end": 0.87}, AttentionMSE={"end": 0.87}, HiddenMSE={"end": 0.87},
+    SoftTargets={"temperature": 1.0, "begin": 0.87},
+)  # fmt: skip
+LOWER_IS_BETTER = ("bits_per_byte", "nats_per_masked_token")
+
+
 def run_report(
-    teacher: Path, students: list[Path], data: Path, experiment: Experiment, output_path: Path
+    teacher: Path, students: list[Path], data: Path, report_options: list[str] | None, output_path: Path
 ) -> dict[str, Any]:
-    """Return the figures of `memtx distil report`, which are saved in ``output_path``."""
-    if not output_path.exists():
+    """Return the figures of `memtx distil report`, or of the last validation, which are saved in ``output_path``."""
+    if not output_path.exists() and report_options is None:
+        reference, others = measure_masked_model(teacher), [measure_masked_model(path) for path in students]
+        for figures in others:
+            figures["size_reduction"] = 1 - figures["num_parameters"] / reference["num_parameters"]
+            figures |= {"speed_gain": None, "score_retention": reference["score"] / figures["score"]}
+        output_path.write_text(json.dumps({"teacher": reference, "students": others}))
+    elif not output_path.exists():
         run_memtx(
             "distil", "report", "--teacher", str(teacher), "--data", str(data), "--json", str(output_path),
-            *(option for path in students for option in ("--student", str(path))), *experiment.report_options,
+            *(option for path in students for option in ("--student", str(path))), *(report_options or []),
             num_threads=1,
         )  # fmt: skip
     report: dict[str, Any] = json.loads(output_path.read_text())
     return report
 
 
+def measure_masked_model(run_dir: Path) -> dict[str, Any]:
+    """Return parameters and last validation loss of a run of masked language modeling."""
+    model = memtx.from_pretrained(run_dir)
+    score = last_value(read_metrics(run_dir), "val_loss")
+    return {"num_parameters": num_parameters(model), "score": score, "metric": "nats_per_masked_token"}
+
+
+def train_experiment(name: str, seed: int, arguments: argparse.Namespace) -> dict[tuple[str, str], Path]:
+    """Train teacher and students of an experiment with one seed; return the runs by model and training."""
+    experiment, data = EXPERIMENTS[name], arguments.data / EXPERIMENTS[name].data
+    limit = [f"--trainer.max_steps={arguments.steps}", "--trainer.max_epochs=-1"] if arguments.steps else []
+    if arguments.steps and experiment.report_options is None:
+        limit.append(f"--trainer.val_check_interval={arguments.steps}")
+    teacher_seed = 0 if experiment.shares_teacher else seed
+    teacher = arguments.output_dir / f"{name}-teacher-{teacher_seed}"
+    runs = {("teacher", ""): teacher}
+    train(teacher, experiment.config, data, teacher_seed, [*experiment.options, *limit])
+    for model, student in experiment.students.items():
+        for training in experiment.trainings:
+            slug = model.replace("'", "").replace(" ", "-").lower()
+            runs[model, training] = run_dir = arguments.output_dir / f"{name}-{slug}-{training}-{seed}"
+            options = distillation_options(teacher, training, student.losses)
+            train(run_dir, student.config, data, seed, [*student.options, *options, *limit])
+    return runs
+
+
+def train_tinybert(seed: int, arguments: argparse.Namespace) -> dict[tuple[str, str], Path]:
+    """Train TinyBERT's two stages with one seed, from the teacher of "distilbert"; return the runs."""
+    steps = arguments.steps or TASK_STEPS
+    folder = arguments.output_dir
+    bert, general = folder / "distilbert-teacher-0", folder / f"tinybert-general-{seed}"
+    books, data = arguments.data / "pg19-mini", folder / "conll2000-part"
+    train(bert, "distilbert", books, 0, EXPERIMENTS["distilbert"].options)
+    general_steps = arguments.steps or GENERAL_STEPS
+    options = masked_options(TEACHER_DEPTH // 2, TEACHER_DIM // 2, general_steps)
+    train(general, "tinybert-general", books, seed, [*options, f"--model.distillation.init_args.teacher={bert}"])
+    models = {}
+    for run in (bert, general):
+        models[run] = run.with_name(f"{run.name}-model")
+        if not models[run].exists():
+            run_memtx("convert", str(run), str(models[run]), num_threads=1)
+    take_examples(arguments.data / "conll2000", data, TASK_EXAMPLES)
+    augmented = folder / f"conll2000-augmented-{seed}"
+    if not augmented.exists():
+        run_memtx(
+            "distil", "augment", "--model", str(models[bert]), "--data", str(data), "--output", str(augmented),
+            "--seed", str(seed), num_threads=1,
+        )  # fmt: skip
+    common = [
+        f"--data.tokenizer={{class_path: memtx.data.hf_tokenizers.HFTokenizer, init_args: {{path: {models[bert]}}}}}",
+        "--data.batch_size=32", "--model.optimizer.init_args.lr=1e-3", "--trainer.max_epochs=-1",
+        f"--trainer.max_steps={steps}", "--trainer.check_val_every_n_epoch=null",
+        f"--trainer.val_check_interval={steps}", f"--model.scheduler.init_args.warmup_steps={steps // 10}",
+    ]  # fmt: skip
+    runs = {("teacher", ""): folder / f"tinybert-teacher-{seed}"}
+    train(runs["teacher", ""], "conll2000", data, seed, [*common, f"--model.pretrained={models[bert]}"])
+    distillation = [
+        "--model.distillation", f"{LOSSES_MODULE}.Distillation", "--model.distillation.losses", TASK_LOSSES,
+        f"--model.distillation.init_args.teacher={runs['teacher', '']}", "--model.token_mask_prob=0",
+    ]  # fmt: skip
+    from_general, sizes = [f"--model.pretrained={models[general]}"], encoder_options(48, 2, 4, 192)
+    full_attention = "--model.backbone.init_args.attentions=[memtx.layers.encoder_attention.FullAttention]"
+    for training, options, examples in (
+        ("distilled", [*from_general, *distillation], augmented),
+        ("distilled, not augmented", [*from_general, *distillation], data),
+        ("initialized", from_general, augmented),
+        ("alone", [*sizes, full_attention], augmented),
+    ):
+        slug = training.replace(",", "").replace(" ", "-")
+        runs["half of layers and width", training] = run_dir = folder / f"tinybert-{slug}-{seed}"
+        train(run_dir, "conll2000", examples, seed, [*common, *options])
+    return runs
+
+
+def take_examples(source: Path, target: Path, count: int) -> None:
+    """Copy a folder of examples with the first ``count`` training examples."""
+    target.mkdir(exist_ok=True)
+    for path in source.glob("*.jsonl"):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        (target / path.name).write_text("".join(lines[:count] if path.stem == "train" else lines), encoding="utf-8")
+
+
 def run_experiment(name: str, seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Train and measure an experiment with one seed; return a row for each model."""
-    experiment, data = EXPERIMENTS[name], arguments.data / EXPERIMENTS[name].data
-    teacher = arguments.output_dir / f"{name}-teacher-{seed}"
+    runs = train_tinybert(seed, arguments) if name == "tinybert" else train_experiment(name, seed, arguments)
+    report_options: list[str] | None = []
+    data = arguments.output_dir / "conll2000-part"
+    if name != "tinybert":
+        report_options, data = EXPERIMENTS[name].report_options, arguments.data / EXPERIMENTS[name].data
     report_path = arguments.output_dir / f"{name}-{seed}.json"
-    runs = {}
-    for model in experiment.students:
-        for training in ("distilled", "alone"):
-            slug = model.replace("'", "").replace(" ", "-").lower()
-            runs[model, training] = arguments.output_dir / f"{name}-{slug}-{training}-{seed}"
-    if not report_path.exists():
-        limit = [f"--trainer.max_steps={arguments.steps}", "--trainer.max_epochs=-1"] if arguments.steps else []
-        train(teacher, experiment.config, data, seed, [*experiment.options, *limit])
-        for (model, training), run_dir in runs.items():
-            student = experiment.students[model]
-            options = distillation_options(teacher if training == "distilled" else None, student.losses)
-            train(run_dir, student.config, data, seed, [*student.options, *options, *limit])
-    report = run_report(teacher, list(runs.values()), data, experiment, report_path)
-    rows = [{"experiment": name, "seed": seed, "model": "teacher", "training": "", **report["teacher"]}]
-    for (model, training), figures in zip(runs, report["students"], strict=True):
-        rows.append({"experiment": name, "seed": seed, "model": model, "training": training, **figures})
-    return rows
+    report = run_report(runs["teacher", ""], list(runs.values())[1:], data, report_options, report_path)
+    return [
+        {"experiment": name, "seed": seed, "model": model, "training": training, **figures}
+        for (model, training), figures in zip(runs, (report["teacher"], *report["students"]), strict=True)
+    ]
 
 
 def train(run_dir: Path, config: str, data: Path, seed: int, options: list[str]) -> None:
@@ -211,23 +332,27 @@ def rows_by_model(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], list
 
 def format_table(rows: list[dict[str, Any]]) -> list[str]:
     """Format the figures as Markdown, a line for each model, seeds side by side."""
-    lines = ["| experiment | model | parameters | smaller | faster | score by seed | retained | against alone |"]
-    lines.append("|---" * 8 + "|")
+    columns = (
+        "experiment, model, parameters, smaller, faster, score by seed, retained, against initialized, against alone"
+    )
+    lines = ["| " + " | ".join(columns.split(", ")) + " |", "|---" * 9 + "|"]
     groups = rows_by_model(rows)
     for experiment in dict.fromkeys(row["experiment"] for row in rows):
         for (_, model, training), runs in ((key, runs) for key, runs in groups.items() if key[0] == experiment):
             scores = ", ".join(f"{row['score']:.3f}" for row in runs)
-            ratios, gains = ["", "", ""], ""
+            ratios, gains = ["", "", ""], {"initialized": "", "alone": ""}
             if model != "teacher":
-                keys = ("size_reduction", "speed_gain", "score_retention")
-                ratios = [f"{statistics.mean(row[key] for row in runs):.0%}" for key in keys]
-            if training == "distilled":
-                alone = {row["seed"]: row["score"] for row in groups[experiment, model, "alone"]}
-                gains = ", ".join(f"{row['score'] - alone[row['seed']]:+.3f}" for row in runs)
+                for index, key in enumerate(("size_reduction", "speed_gain", "score_retention")):
+                    values = [row[key] for row in runs if row[key] is not None]
+                    ratios[index] = f"{statistics.mean(values):.0%}" if values else ""
+            for other in gains if training.startswith("distilled") or training == "initialized" else ():
+                controls = {row["seed"]: row["score"] for row in groups.get((experiment, model, other), [])}
+                differences = [row["score"] - controls[row["seed"]] for row in runs if row["seed"] in controls]
+                gains[other] = ", ".join(f"{value:+.3f}" for value in differences) if other != training else ""
             name = f"{model}, {training}" if training else model
             lines.append(
                 f"| {experiment}, {runs[0]['metric'].replace('_', ' ')} | {name} | {runs[0]['num_parameters']:,} | "
-                f"{ratios[0]} | {ratios[1]} | {scores} | {ratios[2]} | {gains} |"
+                f"{ratios[0]} | {ratios[1]} | {scores} | {ratios[2]} | {gains['initialized']} | {gains['alone']} |"
             )
     return lines
 
@@ -236,7 +361,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     benchmarking.add_data_option(parser, "--data", text="a folder of data for each experiment")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/distillation"))
-    parser.add_argument("--experiments", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS))
+    parser.add_argument("--experiments", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=0, help="training steps; defaults to the configs'")
     arguments = parser.parse_args()
@@ -258,7 +383,7 @@ def main() -> None:
                 metric = runs[0]["metric"]
         plots.plot_seed_comparison(
             arguments.output_dir / f"{name}.png", scores, title=f"{name}: students with and without their teacher",
-            unit=metric.replace("_", " "), lower_is_better=metric == "bits_per_byte",
+            unit=metric.replace("_", " "), lower_is_better=metric in LOWER_IS_BETTER,
         )  # fmt: skip
     print("\n".join(format_table(rows)))
 

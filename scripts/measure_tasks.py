@@ -1,10 +1,10 @@
 """Measure the shipped task configs, trained from scratch: metrics on the test examples, and seconds, seed by seed.
 
-    python scripts/measure_tasks.py [--data FOLDER] [--tasks movie-reviews conll2000 rte squad2] [--seeds 0 1 2]
+    python scripts/measure_tasks.py [--data FOLDER] [--tasks movie-reviews conll2000 ...] [--seeds 0 1 2]
         [--output-dir runs/tasks]
 
-FOLDER holds a folder of examples for each task, named like its config. Each run calls `memtx fit` and `memtx test`, as
-a user would.
+FOLDER holds a folder of examples for each task, named like its config; make_tasks.py makes the last five. Each run
+calls `memtx fit` and `memtx test`, as a user would.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 from benchmarking import add_data_option
 from training_runs import read_metrics, run_fit, run_memtx
 
-TASKS = ("movie-reviews", "conll2000", "rte", "squad2")
+MADE_TASKS = ("multiple-choice", "retrieval", "dialogue", "dialogue-replies", "multi-label")
+TASKS = ("movie-reviews", "conll2000", "rte", "squad2", *MADE_TASKS)
 METRIC_PATTERN = re.compile(r"(test_\w+)\s*│\s*([\d.eE+-]+)")
 
 

@@ -12,14 +12,25 @@ import torch
 
 from memtx.data.hf_tokenizers import HFTokenizer, WordPieceTokenizer
 from memtx.data.tasks.base import Task
-from memtx.data.tasks.classification import Classification, PairClassification
+from memtx.data.tasks.classification import Classification, MultiLabelClassification, PairClassification
+from memtx.data.tasks.dialogue import DialogueClassification
+from memtx.data.tasks.multiple_choice import MultipleChoice
 from memtx.data.tasks.question_answering import QuestionAnswering
+from memtx.data.tasks.retrieval import Retrieval
 from memtx.data.tasks.tagging import Tagging
 from memtx.inference.predictor import Predictor
 from memtx.layers.embeddings import TextEmbeddings
 from memtx.layers.longformer import LongformerAttention
 from memtx.models.encoder import Encoder
-from memtx.models.heads import SequenceClassificationHead, TaskModel, TokenClassificationHead
+from memtx.models.heads import TaskModel
+from memtx.training.finetuning import (
+    ClassificationModule,
+    MultiLabelModule,
+    QuestionAnsweringModule,
+    TaggingModule,
+    TaskModule,
+)
+from memtx.training.grouped_tasks import MultipleChoiceModule, RetrievalModule
 
 WORDS = "the a whale ship sea night storm captain saw found lost old white dark of in to Ahab".split()  # noqa: SIM905
 
@@ -32,6 +43,7 @@ def texts(count: int, seed: int = 0, words: int = 12) -> list[str]:
 def records(kind: str, count: int = 12, seed: int = 0) -> list[dict[str, Any]]:
     """Return examples whose labels can be read off them."""
     examples: list[dict[str, Any]] = []
+    draw = random.Random(seed)
     for index, text in enumerate(texts(count, seed)):
         if kind == "classification":
             good = index % 2 == 0
@@ -49,6 +61,21 @@ def records(kind: str, count: int = 12, seed: int = 0) -> list[dict[str, Any]]:
             tokens = text.split()
             tags = ["B-WHO" if token in ("captain", "Ahab") else "O" for token in tokens]
             examples.append({"tokens": tokens, "tags": tags})
+        elif kind == "multi_label":
+            labels = [word for word in ("whale", "ship", "storm") if word in text.split()]
+            examples.append({"text": text, "labels": labels})
+        elif kind == "multiple_choice":
+            right, *others = draw.sample(["the white whale", "a lost ship", "the dark sea", "an old storm"], 3)
+            choices = draw.sample([right, *others][: 2 + index % 2], 2 + index % 2)
+            examples.append({"text": right, "question": "who ?", "choices": choices, "label": right})
+        elif kind == "retrieval":
+            words = text.split()
+            negatives = {} if index % 2 else {"negatives": [f"the {words[0]} of nothing"]}
+            examples.append({"query": " ".join(words[:4]), "positive": " ".join(words[:8]), **negatives})
+        elif kind == "dialogue":
+            roles = ("user", "agent") if index % 2 else ("agent", "user")
+            turns = [{"role": role, "content": content} for role, content in zip(roles, ("Ahab", text), strict=True)]
+            examples.append({"turns": turns, "label": roles[0]})
         else:
             start = text.find("whale")
             answers = [{"text": "whale", "answer_start": start}] if start >= 0 else []
@@ -66,10 +93,37 @@ def task(kind: str, max_length: int = 64, stride: int | None = None) -> Task:
         return Tagging(["B-WHO", "O"], max_length, stride)
     if kind == "matching":
         return PairClassification(["other", "same"], max_length, stride)
+    if kind == "multiple_choice":
+        return MultipleChoice(max_length, stride)
+    if kind == "retrieval":
+        return Retrieval(max_length, stride)
+    if kind == "dialogue":
+        return DialogueClassification(["agent", "user"], max_length, stride)
+    if kind == "multi_label":
+        return MultiLabelClassification(["ship", "storm", "whale"], max_length, stride)
     return Classification(["neg", "pos"], max_length, stride)
 
 
-KINDS = ("classification", "matching", "tagging", "questions")
+KINDS = (
+    "classification",
+    "matching",
+    "tagging",
+    "questions",
+    "multi_label",
+    "multiple_choice",
+    "retrieval",
+    "dialogue",
+)
+MODULES: dict[str, type[TaskModule]] = {
+    "classification": ClassificationModule,
+    "matching": ClassificationModule,
+    "tagging": TaggingModule,
+    "questions": QuestionAnsweringModule,
+    "multi_label": MultiLabelModule,
+    "multiple_choice": MultipleChoiceModule,
+    "retrieval": RetrievalModule,
+    "dialogue": ClassificationModule,
+}
 
 
 def tokenizer(size: int = 200) -> HFTokenizer:
@@ -105,5 +159,5 @@ def body(max_length: int = 64) -> Any:
 def predictor(kind: str, max_length: int = 64, stride: int | None = None, seed: int = 0) -> Predictor:
     torch.manual_seed(seed)
     a_task, tokens = task(kind, max_length, stride), tokenizer()
-    head: Any = SequenceClassificationHead if kind in ("classification", "matching") else TokenClassificationHead
+    head: Any = MODULES[kind].default_head
     return Predictor(TaskModel(tokens.vocab_size, a_task.num_labels, body(max_length), head), tokens, a_task)

@@ -24,6 +24,7 @@ ROWS = [
     ("errors",),
     ("files", "memo", "word_measure"),
     ("class_config", "metrics", "plots", "state_compression"),
+    ("task_plots",),
     ("state", "segment"),
     ("ops", "data"),
     ("memory",),
@@ -31,6 +32,7 @@ ROWS = [
     ("models",),
     ("hf",),
     ("checkpoint.load", "checkpoint.convert", "checkpoint.hf_export", "checkpoint.model_card"),
+    ("export",),
     ("checkpoint.training", "checkpoint.async_io", "checkpoint.trainer_state", "checkpoint.whole_step"),
     ("training", "inference"),
     ("hf.memory_cache", "hf.transformers_model"),
@@ -49,6 +51,7 @@ IMPORTERS_OF_DATA = {
     "cli",
     "checkpoint.load",
     "checkpoint.convert",
+    "export",
     "checkpoint.hf_export",
 }
 FORBIDDEN = {("serving", "training"), ("training", "inference")}
@@ -61,7 +64,9 @@ LIGHTNING_IMPORTERS = (
     "checkpoint/whole_step.py",
     "data/books.py",
     "data/tasks/data_module.py",
-    "data/synthetic_tasks/data_module.py",
+    "data/episodes.py",
+    "data/babilong.py",
+    "cli/config_reference.py",
     "data/series/data_module.py",
     "cli/fit.py",
     "cli/lightning_cli.py",
@@ -69,8 +74,8 @@ LIGHTNING_IMPORTERS = (
 )
 MAX_LINES = 400
 MAX_MEDIAN_LINES = 200
-MAX_FILES = 330
-MAX_TOTAL_LINES = 48_000
+MAX_FILES = 345
+MAX_TOTAL_LINES = 52_000
 # Names with a better-known term (glossary of CHANGELOG.md): nothing may define them again.
 OLD_NAMES = {
     "absolute": "absolute_positions",

@@ -17,6 +17,8 @@ from memtx.checkpoint.pretrained import PretrainedModel
 from memtx.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_from_json
 from memtx.errors import CheckpointError, DataError, MemtxError
 from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.recurrent_reformer import RecurrentReformer
+from memtx.models.reformer import Reformer
 
 ModelT = TypeVar("ModelT", bound=PretrainedModel)
 
@@ -96,7 +98,24 @@ def load_model_and_tokenizer(
     damaged or of another class, or has no tokenizer that fits it.
     """
     checkpoint = load(path, window)
-    path, model = checkpoint.path, checkpoint.model_as(MemoryTransformer)
+    model = checkpoint.model_as(MemoryTransformer)
+    return model, _load_tokenizer(checkpoint, model.vocab_size)
+
+
+def load_language_model(
+    path: str | os.PathLike[str], window: int | None = None
+) -> tuple[MemoryTransformer | RecurrentReformer, Tokenizer]:
+    """Load any recurrent language model, as :func:`load_model_and_tokenizer` does; a Reformer reads by whole calls."""
+    checkpoint = load(path, window)
+    if not isinstance(checkpoint.model, Reformer):
+        model = checkpoint.model_as(MemoryTransformer)
+        return model, _load_tokenizer(checkpoint, model.vocab_size)
+    reformer = RecurrentReformer(checkpoint.model).eval()
+    return reformer, _load_tokenizer(checkpoint, reformer.vocab_size)
+
+
+def _load_tokenizer(checkpoint: LoadedCheckpoint, model_vocab_size: int) -> Tokenizer:
+    path = checkpoint.path
     is_folder = (path / pretrained.CONFIG_FILE).is_file()
     text = checkpoint.sidecars.get("tokenizer")
     if text is None and not is_folder:
@@ -110,10 +129,10 @@ def load_model_and_tokenizer(
         raise CheckpointError(error.message, error.hint) from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"'{path}' has a damaged tokenizer: {error}.", "Restore it from a copy.") from error
-    if tokenizer.vocab_size > model.vocab_size:
-        message = f"The tokenizer in '{path}' has {tokenizer.vocab_size} tokens, its model {model.vocab_size}."
+    if tokenizer.vocab_size > model_vocab_size:
+        message = f"The tokenizer in '{path}' has {tokenizer.vocab_size} tokens, its model {model_vocab_size}."
         raise CheckpointError(message, "Use the tokenizer that the model was trained with.")
-    return model, tokenizer
+    return tokenizer
 
 
 def _build_model(path: Path, description: Any, weights: dict[str, Tensor]) -> PretrainedModel:

@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from memtx.checkpoint.pretrained import PretrainedModel
 
 MAX_NAMES_SHOWN = 3
+EXPORT_FORMATS = ("onnx", "pt2")
 
 TARGET_OPTIONS: dict[str, dict[str, int | None]] = {
     "longformer": {"max_length": 4096, "window": 512, "freeze": None},
     "bigbird": {"max_length": 4096, "block_size": 64, "num_random_blocks": 3, "freeze": None},
-    "hf": {"segment_length": None},
+    "hf": {"segment_length": None, "window": None},
+    "onnx": {"segment_length": 512, "window": None, "batch_size": 1},
+    "pt2": {"segment_length": 512, "window": None, "batch_size": 1},
 }
 """Options of each ``--to`` with their defaults."""
 
@@ -28,6 +31,9 @@ FREEZE_PATTERNS = {"positions": '["embedding.position_embeddings.*"]', "rest": '
 
 def _convert(arguments: argparse.Namespace) -> None:
     _check_options(arguments)
+    if arguments.to in EXPORT_FORMATS:
+        _export(arguments)
+        return
     if arguments.to == "hf":
         _convert_to_hf(arguments)
         return
@@ -56,6 +62,30 @@ def _convert(arguments: argparse.Namespace) -> None:
         options.print_next_command("Serve it with", "serve", "--checkpoint", arguments.target)
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    """Write the programs of a language model for another runtime."""
+    if arguments.layout is not None:
+        message = f"--layout is given with --to {arguments.to}, which has a layout of its own."
+        raise MemtxError(message, "Remove --layout.")
+    with options.user_modules(arguments.modules):
+        from memtx.export.bundle import export_folder
+
+        result = export_folder(
+            arguments.source,
+            arguments.target,
+            format=arguments.to,
+            segment_length=arguments.segment_length,
+            batch_size=arguments.batch_size,
+            window=arguments.window,
+            overwrite=arguments.overwrite,
+        )
+    sizes = ", ".join(f"{name} ({size / 1e6:,.1f} MB)" for name, size in result.num_bytes.items())
+    model = f"{result.model_class} with {result.num_parameters:,} parameters in float32"
+    state = f"a stream's state takes {result.state_bytes / 1e6:,.1f} MB"
+    sys.stdout.write(f"'{arguments.target}': {model}, from {result.source}; {state}. Files: {sizes}.\n")
+    _upload(arguments)
+
+
 def _check_options(arguments: argparse.Namespace) -> None:
     """Fill in the defaults of ``--to``; raise MemtxError for an option of another target or of none."""
     defaults: dict[str, int | None] = TARGET_OPTIONS.get(arguments.to, {})
@@ -63,7 +93,8 @@ def _check_options(arguments: argparse.Namespace) -> None:
         if name in defaults:
             setattr(arguments, name, defaults[name] if (value := getattr(arguments, name)) is None else value)
         elif getattr(arguments, name) is not None:
-            targets = " or ".join(target for target, names in TARGET_OPTIONS.items() if name in names)
+            *first, last = (target for target, names in TARGET_OPTIONS.items() if name in names)
+            targets = f"{', '.join(first)} or {last}" if first else last
             option = f"--{name.replace('_', '-')}"
             reason = "" if arguments.to is None else f", not to {arguments.to}"
             raise MemtxError(f"{option} applies to --to {targets}{reason}.", f"Add --to, or remove {option}.")
@@ -79,6 +110,7 @@ def _convert_to_hf(arguments: argparse.Namespace) -> None:
         summary = export_checkpoint(
             arguments.source,
             arguments.target,
+            window=arguments.window,
             segment_length=arguments.segment_length,
             overwrite=arguments.overwrite,
             name=arguments.push_to_hub,
@@ -124,21 +156,27 @@ def main(argv: list[str]) -> int:
         "The shards of a distributed checkpoint are merged.",
     )
     add = parser.add_argument
-    add(
-        "source",
-        help="a .ckpt file or folder, a run folder (its best checkpoint), a model folder, or user/name of the hub",
-    )
+    sparse = "give an encoder with full attention a sparse one"
+    hf = "write a language model for transformers"
+    programs = "write a language model's step as ONNX graphs, or as programs of torch.export (pt2)"
+    neighbors = "neighbors that a token sees, half on each side (default: 512)"
+    seen = "tokens that a Hugging Face decoder sees exactly (default: as many as it was trained on)"
+    text = "a .ckpt file or folder, a run folder (its best checkpoint), a model folder, or user/name of the hub"
+    add("source", help=text)
     add("target", help="folder to create")
     add("--layout", metavar="FOLDER", help="write the layout of this Hugging Face folder, which training started from")
-    sparse, hf = "give an encoder with full attention a sparse one", "write a language model for transformers"
-    add("--to", choices=("longformer", "bigbird", "hf"), help=f"{sparse}, or {hf}")
+    add("--to", choices=("longformer", "bigbird", "hf", *EXPORT_FORMATS), help=f"{sparse}; {hf}; or {programs}")
     add("--max-length", type=int, help="--to: tokens that it reads at once (4096); its positions are repeated")
-    add("--window", type=int, help="--to longformer: neighbors that a token sees, half on each side (512)")
+    text = f"--to longformer: {neighbors}; --to hf, onnx and pt2: {seen}"
+    add("--window", type=options.positive_int, metavar="N", help=text)
     add("--block-size", type=int, help="--to bigbird: tokens of a block (64)")
     add("--num-random-blocks", type=int, help="--to bigbird: random blocks that a block sees (3)")
-    help_text = "--to: what the printed command does not train: the position embeddings, or all the rest"
-    add("--freeze", choices=tuple(FREEZE_PATTERNS), help=help_text)
-    add("--segment-length", type=options.positive_int, help="--to hf: tokens read at a time (default: 512)")
+    text = "--to: what the printed command does not train: the position embeddings, or all the rest"
+    add("--freeze", choices=tuple(FREEZE_PATTERNS), help=text)
+    text = "--to hf, onnx and pt2: tokens read at a time (default: 512)"
+    add("--segment-length", type=options.positive_int, metavar="N", help=text)
+    text = "--to onnx and pt2: streams that are read at once (default: 1)"
+    add("--batch-size", type=options.positive_int, metavar="N", help=text)
     add("--push-to-hub", metavar="USER/NAME", help="upload the folder to this repository of the hub")
     add("--overwrite", action="store_true", help="replace the target if it exists")
     parser.add_import_option()

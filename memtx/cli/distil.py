@@ -1,4 +1,4 @@
-"""``memtx distil report``: compare students with their teacher; distillation itself is training (``memtx fit``)."""
+"""``memtx distil``: compare students with their teacher, or augment examples; to distil is to train (``memtx fit``)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from memtx.errors import MemtxError
 
 if TYPE_CHECKING:
     from memtx.evaluation.compare import ModelComparison
+    from memtx.inference.predictor import Predictor
 
 
 def _get_display_names(paths: list[str]) -> list[str]:
@@ -21,15 +22,26 @@ def _get_display_names(paths: list[str]) -> list[str]:
     return names if len(set(names)) == len(names) else paths
 
 
+def _load_predictor(path: str) -> Predictor:
+    from memtx.inference.predictor import Predictor
+    from memtx.inference.published_tasks import get_published_task, load_published_predictor
+
+    predictor = load_published_predictor(path) if get_published_task(path) else Predictor.load(path)
+    if not isinstance(predictor, Predictor):
+        raise MemtxError(f"'{path}' predicts no labels.", "Give models fine-tuned on the same examples.")
+    return predictor
+
+
 def _compare_task_models(arguments: argparse.Namespace, paths: list[str]) -> list[ModelComparison]:
     from memtx.data.tasks.examples import read_examples, split_path
     from memtx.evaluation.compare import REPEATS, ParsedRecord, compare_task_models
-    from memtx.inference.predictor import Predictor
 
-    predictors = [(name, Predictor.load(path)) for name, path in zip(_get_display_names(paths), paths, strict=True)]
-    task = predictors[0][1].task
+    predictors = [(name, _load_predictor(path)) for name, path in zip(_get_display_names(paths), paths, strict=True)]
+    task, teacher_task = predictors[-1][1].task, predictors[0][1].task
     for name, predictor in predictors[1:]:
-        if (predictor.task.kind, predictor.task.labels) != (task.kind, task.labels):
+        # A published classifier reads single texts and pairs.
+        kinds = {predictor.task.kind} if teacher_task.kind == "text_classification" else {teacher_task.kind}
+        if predictor.task.kind not in kinds or set(predictor.task.labels) != set(teacher_task.labels):
             raise MemtxError(f"'{name}' and its teacher differ in task or labels.", "Give runs on the same examples.")
     path = split_path(arguments.data, arguments.split)
     records = read_examples(path, lambda record, labelled: ParsedRecord(dict(record), task.parse(record, labelled)))
@@ -82,9 +94,10 @@ def _report(arguments: argparse.Namespace) -> None:
         raise MemtxError(message, "Lower --min-position or raise --max-length.")
     with options.user_modules(arguments.modules):
         from memtx.inference.predictor import is_task_model
+        from memtx.inference.published_tasks import get_published_task
 
         paths = [arguments.teacher, *arguments.student]
-        are_task_models = {is_task_model(path) for path in paths}
+        are_task_models = {get_published_task(path) is not None or is_task_model(path) for path in paths}
         if len(are_task_models) > 1:
             raise MemtxError("Task models cannot be compared with language models.", "Compare models of the same kind.")
         compare = _compare_task_models if True in are_task_models else _compare_language_models
@@ -107,14 +120,19 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Run ``memtx distil``."""
+    if argv[:1] == ["augment"]:
+        from memtx.cli import augment
+
+        return augment.main(argv[1:])
     parser = options.Parser(
         "memtx distil",
         "Compare students with their teacher: parameters, milliseconds per call, and the task's score or the texts' "
         "bits per byte. To distil, train with a teacher: memtx fit --config configs/distilbert.yaml, "
-        "tinybert-general, tinybert-task or long-to-memory.",
+        "tinybert-general, tinybert-task or long-to-memory. `memtx distil augment --help` explains how examples are "
+        "multiplied for tinybert-task.",
     )
     add = parser.add_argument
-    add("action", choices=("report",), help="print the comparison")
+    add("action", choices=("report",), help="print the comparison")  # augment has its own
     add("--teacher", required=True, metavar="RUN", help="a run folder, a checkpoint or a model folder")
     add("--student", required=True, action="append", metavar="RUN", help="same as --teacher; repeatable")
     add("--data", required=True, metavar="FOLDER", help="folder of the task's examples, or of texts")

@@ -15,6 +15,7 @@ from memtx.cli.config import add_run_config
 from memtx.cli.errors import EXIT_INTERRUPTED, EXIT_USAGE_ERROR, run
 from memtx.cli.lightning_cli import MemtxCLI, SaveConfig
 from memtx.cli.main import program_name
+from memtx.cli.overrides import to_options
 from memtx.training.callbacks.interrupt import INTERRUPT_EXIT_CODE
 
 # Advice to install other products, and warnings about choices made on purpose.
@@ -78,5 +79,4 @@ def _run_cli(argv: list[str]) -> int:
 def main(argv: list[str]) -> int:
     """Run LightningCLI on ``argv``, subcommand first, and return the exit code."""
     install_warning_filters()
-    arguments = add_run_config(argv)
-    return run(lambda: _run_cli(arguments), traceback="--traceback" in argv)
+    return run(lambda: _run_cli(add_run_config(to_options(argv))), traceback="--traceback" in argv)

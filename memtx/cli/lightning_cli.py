@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
@@ -21,6 +22,8 @@ from lightning.pytorch.plugins import CheckpointIO
 from memtx import files
 from memtx.checkpoint import pretrained, recovery
 from memtx.checkpoint.training import AtomicCheckpointIO, BestCheckpoint, find_best_checkpoint
+from memtx.cli import ray_engine
+from memtx.cli.class_report import write_class_report
 from memtx.cli.config import (
     CONFIG_FILE,
     DEFAULT_RUN_DIR,
@@ -29,13 +32,15 @@ from memtx.cli.config import (
     put_configs_first,
     uses_class_paths,
 )
+from memtx.cli.missing_root import missing_root_error
 from memtx.cli.one_line_parser import OneLineParser, to_memtx_error
-from memtx.cli.options import command_line, print_next_command
+from memtx.cli.options import print_next_command
+from memtx.cli.overrides import expand_variables
 from memtx.data.books import BookDataModule
-from memtx.data.sources.corpus import PG19_HINT
 from memtx.data.tokenizers import tokenizer_from_json
-from memtx.errors import CheckpointError, DataError, MemtxError
+from memtx.errors import CheckpointError, MemtxError
 from memtx.ops.cpu.cpu_info import choose_precision
+from memtx.training import trackers
 from memtx.training.base_module import BaseModule, adapt_to_checkpoint
 from memtx.training.callbacks.defaults import adapt_options
 from memtx.training.callbacks.oom import is_out_of_memory
@@ -80,6 +85,12 @@ class MemtxCLI(LightningCLI):
             "--float32_matmul_precision", type=Literal["highest", "high", "medium"], default="high",
             help="Precision of float32 products on a GPU: 'highest' keeps 24 bits, 'high' rounds factors to TF32.",
         )  # fmt: skip
+        parser.add_argument(
+            "--engine", type=Literal["local", "ray"], default="local",
+            help="Engine of fit: 'ray' starts trainer.num_nodes x trainer.devices workers on a Ray cluster that shares "
+            "the files, and restarts them from the last checkpoint if one dies.",
+        )  # fmt: skip
+        parser.add_argument("--max_restarts", type=int, default=3, help="Restarts by engine 'ray' after a death.")
         parser.add_argument("--traceback", action="store_true", help="Also print the traceback of an error.")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         if not self.subclass_mode_data:
@@ -109,6 +120,7 @@ class MemtxCLI(LightningCLI):
         """Find the checkpoint, and refuse to overwrite a run, before any work."""
         self._checkpoint: dict[str, Any] | None = None
         config = self.config[self.subcommand]
+        config.run_dir = expand_variables(str(config.run_dir))
         if self.subcommand == "fit":
             self._check_data_config(config)
         run_dir, checkpoint = Path(config.run_dir), config.get("ckpt_path")
@@ -121,6 +133,8 @@ class MemtxCLI(LightningCLI):
             if checkpoint is None and any(checkpoint_dir.glob("*.ckpt")):
                 hint = "Resume it with --ckpt_path last, or give another folder with --run_dir."
                 raise MemtxError(f"'{run_dir}' already holds a run.", hint)
+            if config.engine == "ray":
+                raise SystemExit(ray_engine.fit_config([*sys.argv[1:], "--engine=local"], config))
             if checkpoint == "last":
                 self._resume_from_last(config, checkpoint_dir)
                 return
@@ -163,22 +177,8 @@ class MemtxCLI(LightningCLI):
         if data_options.get("source") is not None:
             data_options.root = "embedded"  # not read, as the source takes its place
             return
-        from memtx.data.tasks.data_module import ExampleDataModule
-        from memtx.data.tasks.examples import LAYOUT_HINT
-
         data_class = find_class(config.data.class_path) if self.subclass_mode_data else BookDataModule
-        has_examples = isinstance(data_class, type) and issubclass(data_class, ExampleDataModule)
-        content, hint = ("examples", LAYOUT_HINT) if has_examples else ("texts", PG19_HINT)
-        content, hint = getattr(data_class, "content_and_hint", (content, hint))
-        # The comments at the top of a shipped config say where to get its data.
-        paths = ", ".join(f"'{path}'" for path in OneLineParser.configs)
-        source = f"; see the first lines of {paths}" if paths else ""
-        if not paths and self.subcommand == "fit":
-            hint = (
-                f"Train with: {command_line('fit', '--data.root', 'FOLDER')}, or --data.root embedded for Python's "
-                f"help texts, or --config FILE. {command_line('fit', '--help')} explains all options."
-            )
-        raise DataError(f"data.root is not set, expected the folder of {content}{source}.", hint)
+        raise missing_root_error(data_class, is_fit=self.subcommand == "fit")
 
     def _restore_data_config(self, config: Any, checkpoint: dict[str, Any]) -> None:
         """Use the checkpoint's tokenizer and task, which its model was trained with."""
@@ -238,6 +238,8 @@ class MemtxCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        for logger in _to_list(config["logger"]):
+            trackers.separate_names(logger)
         interactive = sys.stderr.isatty() or sys.stdout.isatty()
         return super()._instantiate_trainer(adapt_options(config, callbacks, interactive), [])
 
@@ -261,12 +263,18 @@ class MemtxCLI(LightningCLI):
     def after_validate(self) -> None:
         """Print the command that tests the run."""
         if self.trainer.is_global_zero:
+            self._write_class_report()
             print_next_command("Test it with", "test", *self._checkpoint_options())
 
     def after_test(self) -> None:
         """Print a command that uses the model."""
         if self.trainer.is_global_zero:
+            self._write_class_report()
             self._print_use()
+
+    def _write_class_report(self) -> None:
+        folder = Path(self.config[self.subcommand].run_dir) / str(self.subcommand)
+        write_class_report(getattr(self.model, "report", None), folder)
 
     def _checkpoint_options(self) -> list[str]:
         checkpoints = get_option_values(sys.argv[1:], "--ckpt_path")
@@ -335,7 +343,10 @@ class SaveConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             config = self.config.clone()
             config.ckpt_path, config.traceback = None, False
-            files.write_text(Path(config.run_dir) / CONFIG_FILE, self.parser.dump(config, skip_none=False))
+            text = self.parser.dump(config, skip_none=False)
+            files.write_text(Path(config.run_dir) / CONFIG_FILE, text)
+            for name, error in trackers.log_options(trainer.loggers, yaml.safe_load(text)).items():
+                _print_rank_zero(f"memtx: {name} did not take the options of the run: {error}\n")
 
 
 def get_launcher_kwargs(environment: Mapping[str, str]) -> dict[str, int]:

@@ -20,6 +20,7 @@ COMMANDS = {
     "serve": "serve a model over HTTP: completions, sessions and a web page",
     "convert": "convert a checkpoint, sharded or not, to a model folder",
     "generate": "continue a prompt, or a text that was read",
+    "docs": "write the guide, the API and the YAML keys as HTML pages",
 }
 """Command -> one-line help. Its module in memtx.cli has ``main``, which takes arguments and returns the exit code."""
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from memtx.inference.reader import StreamReader
     from memtx.layers.block import Block
     from memtx.models.memory_transformer import MemoryTransformer
+    from memtx.models.recurrent_reformer import RecurrentReformer as PretrainedReformer
+
+    PretrainedLM = MemoryTransformer | PretrainedReformer
 
 N = TypeVar("N", int, float)
 ProgressUpdate = Callable[..., None]
@@ -224,18 +227,19 @@ def user_modules(names: Sequence[str]) -> Iterator[None]:
         raise CheckpointError(error.message, "If you trust it, add --import and the module's name.") from error
 
 
-def load_model(arguments: argparse.Namespace) -> tuple[MemoryTransformer, Tokenizer]:
+def load_model(arguments: argparse.Namespace) -> tuple[PretrainedLM, Tokenizer]:
     """Load model and tokenizer from ``--checkpoint`` on the device of the arguments; raises MemtxError.
 
     For a Hugging Face decoder, a line on stderr says what it sees.
     """
     placement = get_placement(arguments)
-    from memtx.checkpoint.load import load_model_and_tokenizer
+    from memtx.checkpoint.load import load_language_model
+    from memtx.models.recurrent_reformer import RecurrentReformer
 
     with user_modules(arguments.modules):
-        model, tokenizer = load_model_and_tokenizer(arguments.checkpoint, getattr(arguments, "window", None))
+        model, tokenizer = load_language_model(arguments.checkpoint, getattr(arguments, "window", None))
     model = model.to(**placement)
-    if model.hf_origin is not None:
+    if not isinstance(model, RecurrentReformer) and model.hf_origin is not None:
         sys.stderr.write(f"memtx: {describe_window(model)}\n")
     return model, tokenizer
 

@@ -83,7 +83,7 @@ def predict_series(arguments: argparse.Namespace) -> None:
     else:
         files.write_text(arguments.output, "".join(lines))
     if arguments.plot is not None:
-        from memtx.plots import plot_series
+        from memtx.task_plots import plot_series
 
         stds = [prediction.std for prediction in predictions if prediction.std is not None]
         name = predictor.schema.targets[0]

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,16 +41,22 @@ def _build_text_source(arguments: argparse.Namespace) -> TextSource:
     return HubDataset(arguments.source[0], arguments.dataset_config, **settings)
 
 
-def _build_tokenizer(name: str) -> Tokenizer:
-    from memtx.data.tokenizers import BytePairTokenizer, ByteTokenizer, load_tokenizer
+def _build_tokenizer(arguments: argparse.Namespace) -> Tokenizer:
+    from memtx.data.tokenizers import BytePairTokenizer, ByteTokenizer, WordTokenizer, load_tokenizer
 
+    name, words = arguments.tokenizer, {"min_freq": arguments.min_freq, "lower_case": arguments.lower_case}
+    if name == "word":
+        return WordTokenizer(arguments.max_words, arguments.vocab_file, **words)
+    if arguments.vocab_file or arguments.max_words or words != {"min_freq": 1, "lower_case": False}:
+        message = f"--vocab-file, --max-words, --min-freq and --lower-case do not apply to --tokenizer {name}."
+        raise DataError(message, "Remove them, or give --tokenizer word.")
     if name == "byte":
         return ByteTokenizer()
     if name.isdecimal():
         return BytePairTokenizer(int(name))
     path = Path(name)
     if not path.exists():
-        hint = "Give byte, a vocabulary size, or the path of a tokenizer."
+        hint = "Give byte, word, a vocabulary size, or the path of a tokenizer."
         raise DataError(f"The tokenizer '{name}' does not exist.", hint)
     return load_tokenizer(path)
 
@@ -94,7 +101,7 @@ def _print_summary(corpus: TokenizedCorpus, notes: list[str], seconds: float, as
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    tokenizer = _build_tokenizer(arguments.tokenizer)
+    tokenizer = _build_tokenizer(arguments)
     start = time.monotonic()
     source = _build_text_source(arguments).scan()
     from memtx.data.sources.splits import SPLIT_HINT
@@ -103,6 +110,10 @@ def _prepare(arguments: argparse.Namespace) -> None:
     try:
         folder = Path(arguments.output_dir).expanduser()
         settings: dict[str, Any] = {"num_workers": arguments.num_workers, "verify": True, "progress": show_progress}
+        if arguments.engine == "ray":
+            from memtx.cli import ray_engine
+
+            settings["run_jobs"] = partial(ray_engine.write_jobs, limit=arguments.num_workers or 0)
         corpus = tokenize_corpus(folder, source, tokenizer, **settings)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("finished shards are kept; run the same command to resume") from None
@@ -123,13 +134,20 @@ def main(argv: list[str]) -> int:
     text = "folders, files, patterns or URLs of texts (.txt, .md), JSON, CSV and Parquet, also compressed"
     add("source", nargs="+", metavar="SOURCE", help=text)
     add("--output-dir", required=True, metavar="FOLDER", help="folder to create")
-    add("--tokenizer", default="byte", metavar="T", help="byte, a vocabulary size to train BPE, or a tokenizer.json")
+    text = "byte, word, a vocabulary size to train BPE, or a tokenizer.json"
+    add("--tokenizer", default="byte", metavar="T", help=text)
+    add("--vocab-file", metavar="FILE", help="vocabulary of --tokenizer word, a word per line; default: all words")
+    add("--max-words", type=options.positive_int, metavar="N", help="size of the vocabulary of --tokenizer word")
+    add("--min-freq", type=options.positive_int, default=1, metavar="N", help="leave out rarer words (default: 1)")
+    add("--lower-case", action="store_true", help="words in lower case")
     add("--text-column", default="text", help="table column of the texts")
     add("--id-column", metavar="COLUMN", help="table column of the document ids")
     for split in ("validation", "test"):
         text = f"fraction of documents for {split}; defaults to the source's own split, or 0.05"
         add(f"--{split}-fraction", type=float, metavar="FRACTION", help=text)
-    add("--num-workers", type=options.positive_int, metavar="N", help="number of processes; defaults to one per core")
+    add("--num-workers", type=options.positive_int, metavar="N", help="number of workers; defaults to one per core")
+    text = "local: processes of this machine; ray: tasks on a Ray cluster that shares the files (memtx[ray])"
+    add("--engine", choices=("local", "ray"), default="local", help=text)
     add("--hf-dataset", action="store_true", help="SOURCE is the name or folder of a dataset of the `datasets` library")
     add("--dataset-config", metavar="NAME", help="configuration of the dataset")
     add("--json", action="store_true", help="print the summary as JSON")

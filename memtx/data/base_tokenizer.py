@@ -77,10 +77,12 @@ class Tokenizer(ABC):
     Attributes:
         eos_token_ids: Ids at which a generated text ends; empty if the model was not trained to end a text.
         stop_strings: Strings at which a generated text ends, as its folder asks for.
+        trains_on_all_texts: If True, training needs all training texts; otherwise a sample of them is enough.
     """
 
     eos_token_ids: frozenset[int] = frozenset()
     stop_strings: tuple[str, ...] = ()
+    trains_on_all_texts: bool = False
 
     @property
     @abstractmethod
@@ -130,8 +132,22 @@ class Tokenizer(ABC):
         """True if it can encode; False if it must be trained first."""
         return True
 
+    @property
+    def knows_vocab_size(self) -> bool:
+        """False if ``vocab_size`` is known only after training."""
+        return True
+
+    @property
+    def training_options(self) -> str:
+        """Options that determine the vocabulary of given texts, as text."""
+        return str(self.vocab_size)
+
     def train(self, texts: Iterable[str]) -> None:  # noqa: B027  (most kinds have nothing to learn)
         """Learn the vocabulary from texts, if there is one to learn; the same texts give the same ids."""
+
+    def train_documents(self, documents: Iterable[Iterable[str]]) -> None:
+        """Learn the vocabulary from texts, each in any portions; see :meth:`train`."""
+        self.train(text for document in documents for text in document)
 
     @property
     def fingerprint(self) -> str:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from memtx.data.batch import PinnedTransfer, check_options, limit_epochs, rank_and_world_size
+from memtx.data.hf_tokenizers import HFTokenizer
 from memtx.data.shards import TokenStore
 from memtx.data.sources.base import SPLITS, Corpus, CorpusManifest, TextSource
 from memtx.data.sources.corpus import open_corpus
@@ -27,7 +28,7 @@ from memtx.data.tokenized_corpus import (
     tokenize_corpus,
     train_tokenizer,
 )
-from memtx.data.tokenizers import ByteTokenizer, Tokenizer, tokenizer_from_json
+from memtx.data.tokenizers import BackendTokenizer, ByteTokenizer, Tokenizer, tokenizer_from_json
 from memtx.errors import CheckpointError, MemtxError
 from memtx.files import default_cache_dir
 
@@ -115,8 +116,18 @@ class BookDataModule(PinnedTransfer, LightningDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Vocabulary size; known before any text is read."""
+        """Vocabulary size; known before any text is read, except that of a tokenizer that keeps all words."""
+        if not self.tokenizer.knows_vocab_size:
+            self._train_tokenizer()
         return self.tokenizer.vocab_size
+
+    @property
+    def mask_token_id(self) -> int | None:
+        """Id of the mask token of a tokenizer that has one, such as BERT's or RoBERTa's; None for others."""
+        if isinstance(self.tokenizer, HFTokenizer):
+            self._train_tokenizer()
+        tokenizer = self.tokenizer
+        return tokenizer.find_mask_token() if isinstance(tokenizer, BackendTokenizer) and tokenizer.is_trained else None
 
     @cached_property
     def corpus(self) -> Corpus:

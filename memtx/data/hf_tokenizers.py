@@ -14,7 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtx.data.encodings import encode_utf8
-from memtx.data.tokenizers import HF_FORMAT, HF_FORMAT_VERSION, BackendTokenizer, SpecialTokenId, tokenizer_from_json
+from memtx.data.tokenizers import (
+    HF_FORMAT,
+    HF_FORMAT_VERSION,
+    MASK_TOKENS,
+    BackendTokenizer,
+    SpecialTokenId,
+    tokenizer_from_json,
+)
 from memtx.errors import DataError
 
 
@@ -44,7 +51,7 @@ class HFTokenizer(BackendTokenizer):
         "cls": ("[CLS]", "<s>", "<cls>"),
         "sep": ("[SEP]", "</s>", "<sep>"),
         "pad": ("[PAD]", "<pad>"),
-        "mask": ("[MASK]", "<mask>"),
+        "mask": MASK_TOKENS,
         "unk": ("[UNK]", "<unk>"),
     }
     JSON_HEADER = {"format": HF_FORMAT, "version": HF_FORMAT_VERSION}  # noqa: RUF012
@@ -59,6 +66,12 @@ class HFTokenizer(BackendTokenizer):
         if path is None:
             raise DataError("HFTokenizer has no path.", "Name a tokenizer.json, or train a WordPieceTokenizer.")
         super().__init__(0, path)
+
+    @property
+    def special_token_ids(self) -> tuple[int, ...]:
+        """Ids of the special tokens."""
+        self._require_backend()
+        return tuple(self._special_token_ids.values())
 
     @property
     def bos_token_id(self) -> int:

@@ -23,6 +23,7 @@ from memtx.errors import DataError, MemtxError
 
 FORMAT_VERSION = 3
 INDEX_NAME = "index.json"
+COUNT_CHUNK_SIZE = 1 << 24  # tokens that are counted at a time
 REBUILD_HINT = "Prepare the data again; whole shards are kept."
 
 ProgressCallback = Callable[[int], None]  # called with the bytes of the source read since the last call
@@ -189,6 +190,16 @@ class TokenStore:
             message = f"The token shard '{path}' is damaged: it holds token {largest} of {self.vocab_size}."
             raise DataError(message, REBUILD_HINT)
         return tokens
+
+    def count_tokens(self) -> NDArray[np.int64]:
+        """Return how often each id occurs, ``(vocab_size,)``; raises DataError for a damaged shard."""
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for index, length in enumerate(self.lengths.tolist()):
+            for start in range(0, length, COUNT_CHUNK_SIZE):
+                tokens = self.slice_tokens(index, start, start + COUNT_CHUNK_SIZE)
+                ids, occurrences = np.unique(tokens, return_counts=True)
+                counts[ids] += occurrences
+        return counts
 
     def verify(self) -> None:
         """Read every shard and compare its SHA-256 with the index; raises DataError with the damaged one."""

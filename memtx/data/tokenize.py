@@ -133,6 +133,12 @@ def _capped_progress(size: int, on_progress: ProgressCallback) -> Iterator[Progr
     report(remaining)
 
 
+def needs_this_process(jobs: Sequence[ShardJob], tokenizer: Tokenizer) -> bool:
+    """Return whether a tokenizer or a part of a source cannot be sent to another process."""
+    is_foreign = not type(tokenizer).__module__.startswith("memtx.")
+    return is_foreign or any(part.is_process_local for job in jobs for part in job.parts)
+
+
 def write_jobs(jobs: Sequence[ShardJob], tokenizer: Tokenizer, num_workers: int, on_progress: ProgressCallback) -> None:
     """Do independent jobs in ``num_workers`` processes (1: in this one); an interrupt keeps complete shards.
 
@@ -140,10 +146,7 @@ def write_jobs(jobs: Sequence[ShardJob], tokenizer: Tokenizer, num_workers: int,
     DataError if a job fails as in :func:`write_job`, which ends the others.
     """
     num_workers = min(num_workers, len(jobs))
-    needs_this_process = not type(tokenizer).__module__.startswith("memtx.") or any(
-        part.is_process_local for job in jobs for part in job.parts
-    )
-    if num_workers <= 1 or needs_this_process:
+    if num_workers <= 1 or needs_this_process(jobs, tokenizer):
         for job in jobs:
             write_job(job, tokenizer, on_progress)
         return

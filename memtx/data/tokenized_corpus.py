@@ -23,7 +23,7 @@ from typing import Any
 from memtx import files
 from memtx.data.shards import INDEX_NAME, REBUILD_HINT, ProgressCallback, TokenStore, metadata_path, write_index
 from memtx.data.sources.base import SPLITS, Corpus, CorpusManifest, Document, SourcePart, assign_split
-from memtx.data.tokenize import hash_lines, plan_jobs, write_jobs
+from memtx.data.tokenize import ShardJob, hash_lines, plan_jobs, write_jobs
 from memtx.data.tokenizers import Tokenizer, load_tokenizer
 from memtx.errors import DataError, MemtxError
 
@@ -33,6 +33,9 @@ MAX_TRAINING_BYTES = 256 << 20  # of text that a tokenizer is trained on; merges
 
 # Makes a progress callback from a description, the total bytes and those already done.
 ProgressFactory = Callable[[str, int, int], AbstractContextManager[ProgressCallback]]
+
+# Does jobs with a tokenizer, at most so many at a time, as write_jobs does.
+JobRunner = Callable[[Sequence[ShardJob], Tokenizer, int, ProgressCallback], None]
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +86,11 @@ class TokenizedCorpus:
         if requested.is_trained:
             matches = requested.fingerprint == tokenizer.fingerprint
         else:
-            matches = type(requested) is type(tokenizer) and requested.vocab_size == tokenizer.vocab_size
+            matches = type(requested) is type(tokenizer) and requested.training_options == tokenizer.training_options
         if not matches:
             raise DataError(
                 f"'{self.folder}' was prepared with a {type(tokenizer).__name__} of {tokenizer.vocab_size} tokens, "
-                f"which is not the {type(requested).__name__} of {requested.vocab_size} requested.",
+                f"which is not the {type(requested).__name__} of {requested.training_options} requested.",
                 "Remove the option tokenizer, or prepare the texts with the other one.",
             )
         return tokenizer
@@ -112,7 +115,8 @@ def is_tokenized_corpus(folder: str | os.PathLike[str]) -> bool:
 
 def compute_fingerprint(manifest: CorpusManifest, tokenizer: Tokenizer) -> str:
     """Return the SHA-256 of the parts' cache keys and of the tokenizer, or of how it is to be trained."""
-    name = tokenizer.fingerprint if tokenizer.is_trained else f"{type(tokenizer).__qualname__} {tokenizer.vocab_size}"
+    options = f"{type(tokenizer).__qualname__} {tokenizer.training_options}" if not tokenizer.is_trained else ""
+    name = options or tokenizer.fingerprint
     parts = (f"{part.cache_key} {dict(split_fractions)}" for part, split_fractions in manifest.iter_parts())
     return hash_lines(str(FORMAT_VERSION), name, *parts)
 
@@ -148,6 +152,7 @@ def tokenize_corpus(
     num_workers: int | None = None,
     verify: bool = False,
     progress: ProgressFactory | None = None,
+    run_jobs: JobRunner = write_jobs,
 ) -> TokenizedCorpus:
     """Encode a source into a folder, or open the folder if that was done.
 
@@ -163,6 +168,7 @@ def tokenize_corpus(
         num_workers: Number of processes. None uses one per core.
         verify: If True, compare the checksums of existing shards, not only their sizes.
         progress: Shows the progress. Defaults to a bar on a terminal.
+        run_jobs: Does the jobs of the shards that are missing, in any order and processes.
     """
     path = Path(folder)
     if not manifest.splits:
@@ -171,7 +177,8 @@ def tokenize_corpus(
     with file_lock(path):
         if path.exists() and (corpus := _open_existing(path, fingerprint, verify)) is not None:
             return corpus
-        _build(path, manifest, tokenizer, fingerprint, num_workers or os.cpu_count() or 1, progress or progress_bar)
+        workers = num_workers or os.cpu_count() or 1
+        _build(path, manifest, tokenizer, fingerprint, workers, progress or progress_bar, run_jobs)
     return TokenizedCorpus(path)
 
 
@@ -202,6 +209,7 @@ def _build(
     fingerprint: str,
     num_workers: int,
     progress: ProgressFactory,
+    run_jobs: JobRunner,
 ) -> None:
     building = path.with_name(f".{path.name}.building")
     if path.exists():
@@ -216,7 +224,7 @@ def _build(
     remaining = [job for job in jobs if not job.is_complete]
     total, todo = (sum(part.size for job in group for part in job.parts) for group in (jobs, remaining))
     with progress(f"Encoding {manifest.name}", total, total - todo) as on_progress:
-        write_jobs(remaining, tokenizer, num_workers, on_progress)
+        run_jobs(remaining, tokenizer, num_workers, on_progress)
     shards = {
         split: [job.shard_path(split) for job in jobs if split in job.split_fractions] for split in manifest.splits
     }
@@ -269,7 +277,7 @@ def train_tokenizer(tokenizer: Tokenizer, manifest: CorpusManifest, folder: Path
     kind = type(tokenizer)
     if "train" not in manifest.splits:
         raise DataError(f"'{manifest.name}' has no split 'train' to train a tokenizer on.", "Give a trained tokenizer.")
-    name = f"{kind.__module__}.{kind.__qualname__} {tokenizer.vocab_size}"
+    name = f"{kind.__module__}.{kind.__qualname__} {tokenizer.training_options}"
     fingerprint = hash_lines(name, *(part.cache_key for part, _ in _training_parts(manifest)))
     path = folder / f"tokenizer-{fingerprint[:16]}.json"
     with file_lock(path):
@@ -278,7 +286,9 @@ def train_tokenizer(tokenizer: Tokenizer, manifest: CorpusManifest, folder: Path
                 return load_tokenizer(path)
             except DataError:
                 path.unlink()  # damaged; training gives the same again
-        tokenizer.train(_sample_texts(manifest))
+        tokenizer.train_documents(
+            _training_texts(manifest, None if tokenizer.trains_on_all_texts else MAX_TRAINING_BYTES)
+        )
         tokenizer.save(path)
     return tokenizer
 
@@ -287,20 +297,26 @@ def _training_parts(manifest: CorpusManifest) -> list[tuple[SourcePart, Mapping[
     return [(part, fractions) for part, fractions in manifest.iter_parts() if fractions.get("train")]
 
 
-def _sample_texts(manifest: CorpusManifest) -> Iterator[str]:
-    """Yield whole training texts spread evenly over the parts, up to ``MAX_TRAINING_BYTES``."""
+def _training_texts(manifest: CorpusManifest, max_bytes: int | None) -> Iterator[Iterator[str]]:
+    """Yield whole training texts, each in portions: all, or up to ``max_bytes`` spread evenly over the parts."""
     parts = _training_parts(manifest)
-    stride = -(-sum(part.size for part, _ in parts) // MAX_TRAINING_BYTES)
-    remaining = MAX_TRAINING_BYTES
+    stride = -(-sum(part.size for part, _ in parts) // max_bytes) if max_bytes is not None else 1
+    remaining = float("inf") if max_bytes is None else max_bytes
+
+    def count(texts: Iterator[str]) -> Iterator[str]:
+        nonlocal remaining
+        for text in texts:
+            yield text
+            remaining -= len(text)
+            if remaining <= 0:
+                return
+
     for part, split_fractions in parts[:: max(1, stride)]:
         for document in part.iter_documents():
-            if assign_split(document.id, split_fractions) != "train":
-                continue
-            for text in document.iter_text():
-                yield text
-                remaining -= len(text)
-                if remaining <= 0:
-                    return
+            if assign_split(document.id, split_fractions) == "train":
+                yield count(document.iter_text())
+            if remaining <= 0:
+                return
 
 
 @contextlib.contextmanager

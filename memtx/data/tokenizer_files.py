@@ -64,6 +64,8 @@ def parse_backend(text: str, name: str) -> Any:
     try:
         description = json.loads(text)
         if isinstance(description, dict):
+            if str(description.get("format")).startswith("memtx."):
+                description = dict(description["model"])  # the library's part of a file of memtx
             description |= {"truncation": None, "padding": None}
             if isinstance(model := description.get("model"), dict) and model.get("dropout"):
                 model["dropout"] = None

@@ -31,17 +31,19 @@ from memtx.data.tokenizer_files import (
     read_bos_token_id,
     read_text,
 )
+from memtx.data.word_tokenizer import WordTokenizer
 from memtx.data.words import WordIds, WordSplitter
 from memtx.errors import DataError, MemtxError
 
 __all__ = ["BackendTokenizer", "BytePairTokenizer", "ByteTokenizer", "SpecialTokenId", "TokenIds", "Tokenizer"]
-__all__ += ["load_tokenizer", "tokenizer_from_json"]
+__all__ += ["WordTokenizer", "load_tokenizer", "tokenizer_from_json"]
 
 FORMAT, FORMAT_VERSION = "memtx.tokenizer", 1
 HF_FORMAT, HF_FORMAT_VERSION = "memtx.hf_tokenizer", 2
 _FORMAT_VERSIONS = {FORMAT: FORMAT_VERSION, HF_FORMAT: HF_FORMAT_VERSION}
 BOS_TOKEN = "<|begin|>"
 _EARLIER_BOS_TOKENS = ("<|begin_of_text|>", "<|endoftext|>", "<s>", "<bos>", "[CLS]")
+MASK_TOKENS = ("[MASK]", "<mask>")
 BOS_KEY, EOS_KEY, STOP_KEY = "bos_token_id", "eos_token_ids", "stop_strings"
 
 
@@ -132,6 +134,11 @@ class BackendTokenizer(Tokenizer):
         tokens = self._backend.get_added_tokens_decoder().values()
         added_tokens = {token.content: token.normalized for token in tokens if parse_special or not token.special}
         return CutFinder(encoding_backend(text, parse_special=parse_special), description, added_tokens)
+
+    def find_mask_token(self) -> int | None:
+        """Return the id of the token that stands for a masked one, or None if the vocabulary has none."""
+        ids = map(self._require_backend().token_to_id, MASK_TOKENS)
+        return next((token_id for token_id in ids if token_id is not None), None)
 
     @property
     def is_trained(self) -> bool:
@@ -352,13 +359,15 @@ def tokenizer_from_json(text: str) -> Tokenizer:
         raise DataError(message, "Use the release that wrote it.")
     if (kind := value.get("kind")) == "byte":
         return ByteTokenizer()
+    if kind == "word":
+        return WordTokenizer.from_description(value)
     tokenizer_class: type[BackendTokenizer] = BytePairTokenizer
     if value["format"] == HF_FORMAT:
         from memtx.data.hf_tokenizers import HFTokenizer
 
         tokenizer_class = HFTokenizer
     elif kind != "bpe":
-        message = f"The tokenizer's kind is '{kind}', expected 'byte' or 'bpe'."
+        message = f"The tokenizer's kind is '{kind}', expected 'byte', 'bpe' or 'word'."
         raise DataError(message, "Use the release that wrote it.")
     if not isinstance(vocab_size := value.get("vocab_size"), int):
         raise DataError(f"The tokenizer's vocab_size is {vocab_size}, expected a number.", "Restore it from a copy.")

@@ -2,71 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from memtx.data.encodings import Utf8Decoder
+from memtx.data.babi import Story
+from memtx.data.haystack import Haystack, TokenIds, encode_ids
 from memtx.data.tokenizers import Tokenizer
-from memtx.errors import DataError
 from memtx.evaluation.accuracy import EvaluationResult, ProgressFn
-from memtx.evaluation.haystack import Haystack, TokenIds, choose_answer, encode_ids, read_contexts
+from memtx.evaluation.haystack import choose_answer, read_contexts
 from memtx.models.recurrent_lm import RecurrentLanguageModel
-
-FORMAT_HINT = "Give a folder with files such as qa1_single-supporting-fact_test.txt, with numbered lines."
-
-_FILE_PATTERN = re.compile(r"qa(\d+)_.*_test\.txt")
-_LINE_PATTERN = re.compile(r"(\d+) (.+)")
-
-
-@dataclass(frozen=True)
-class Story:
-    """A question and the facts before it, in order."""
-
-    facts: tuple[str, ...]
-    question: str
-    answer: str
-
-
-def read_stories(path: Path) -> list[Story]:
-    """Read the questions in a file: lines of a story are numbered from 1; a tab separates question and answer."""
-    stories: list[Story] = []
-    facts: list[str] = []
-    lines = Utf8Decoder(f"'{path}'").decode(path.read_bytes(), final=True).splitlines()
-    for line_number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if (match := _LINE_PATTERN.fullmatch(line.rstrip())) is None:
-            raise DataError(f"'{path}', line {line_number} is not a number and a sentence.", FORMAT_HINT)
-        if match[1] == "1":
-            facts = []
-        text, *answer = match[2].split("\t")
-        if answer:
-            stories.append(Story(tuple(facts), text.strip(), answer[0].strip()))
-        else:
-            facts.append(text.strip())
-    if not stories:
-        raise DataError(f"'{path}' has no question.", FORMAT_HINT)
-    return stories
-
-
-def load_tasks(folder: str) -> dict[int, list[Story]]:
-    """Load the stories of each task that has a test file in the folder, by task number.
-
-    Raises DataError if the folder does not exist or has no test file, or a file is malformed, not UTF-8 or has no
-    questions.
-    """
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise DataError(f"'{folder}' is not a folder.", FORMAT_HINT)
-    paths = {int(match[1]): path for path in root.iterdir() if (match := _FILE_PATTERN.fullmatch(path.name))}
-    if not paths:
-        raise DataError(f"'{folder}' has no bAbI test file.", FORMAT_HINT)
-    return {number: read_stories(paths[number]) for number in sorted(paths)}
 
 
 def evaluate_babi(

@@ -55,6 +55,17 @@ def get_task(config: Mapping[str, Any]) -> str | None:
     return next((task for task in TASKS if get_class_name(config).endswith(task)), None)
 
 
+def get_labels(config: Mapping[str, Any], num_labels: int) -> list[str]:
+    """Return the labels in order; those that config.json does not name are LABEL_0, LABEL_1 and so on."""
+    names = config.get("id2label") or {}
+    if not isinstance(names, Mapping) or not all(str(index).isdigit() for index in names):
+        raise CheckpointError(
+            f"config.json has id2label = {names!r}, expected labels by index.", "Restore config.json."
+        )
+    by_index = {int(index): str(label) for index, label in names.items()}
+    return [by_index.get(index, f"LABEL_{index}") for index in range(num_labels)]
+
+
 def unsupported_task_error(path: str | os.PathLike[str], config: Mapping[str, Any]) -> CheckpointError:
     """Return the error of a published encoder without one of ``TASKS``."""
     message = f"'{path}' holds a {get_class_name(config) or 'model without a class name'}, whose task is not supported."

@@ -43,6 +43,7 @@ class BasePredictor(ABC):
 
     task_name: str
     model: nn.Module
+    chunk_size = 1  # inputs of a call that are worth waiting for together
 
     def __init__(self) -> None:
         self.num_tokens_read, self._closed = 0, False
@@ -91,6 +92,7 @@ class Predictor(BasePredictor):
     """
 
     model: TaskModel
+    chunk_size = 64
 
     def __init__(
         self, model: TaskModel, tokenizer: HFTokenizer, task: Task, *, max_batch_tokens: int = 1 << 14
@@ -138,7 +140,7 @@ class Predictor(BasePredictor):
         def encode(raw_input: PredictInput) -> PreparedExample:
             example = self.to_example(raw_input)
             # Labels are ignored, so they need not be valid.
-            labels = {field.name for field in fields(example)} & {"label", "tags", "answers"}
+            labels = {field.name for field in fields(example)} & {"label", "labels", "tags", "answers"}
             return self.task.prepare(replace(example, **dict.fromkeys(labels)), self.tokenizer)
 
         examples = self._map_inputs(inputs, encode)
@@ -199,13 +201,16 @@ class Summarizer(BasePredictor):
         return SummaryExample.parse({"text": raw_input} if isinstance(raw_input, str) else raw_input, False)
 
     def predict(self, inputs: Sequence[PredictInput], *, deadline: float | None = None) -> list[dict[str, Any]]:
-        """Return the ``summary`` of each input; ``complete`` is False if it was cut at ``max_tokens``."""
-        texts = self._map_inputs(inputs, lambda raw_input: self.to_example(raw_input).text)
-        with acquire_before(deadline, self._lock):
-            return [self._summarize(text, deadline) for text in texts]
+        """Return the ``summary`` of each input, or the ``response`` to a dialogue.
 
-    def _summarize(self, text: str, deadline: float | None) -> dict[str, Any]:
-        prompt, stop_sequence = self.summary_prompt.format_prompt(text), self.summary_prompt.stop_sequence
+        ``complete`` is False if it was cut at ``max_tokens``.
+        """
+        examples = self._map_inputs(inputs, self.to_example)
+        with acquire_before(deadline, self._lock):
+            return [self._summarize(example, deadline) for example in examples]
+
+    def _summarize(self, example: SummaryExample, deadline: float | None) -> dict[str, Any]:
+        prompt, stop_sequence = self.summary_prompt.format_prompt(example.text), self.summary_prompt.stop_sequence
         self.num_tokens_read += len(self.tokenizer.encode(prompt))
         greedy = SamplingParams(greedy=True)
         parts = []
@@ -223,7 +228,7 @@ class Summarizer(BasePredictor):
             if stop_sequence in "".join(parts[-len(stop_sequence) - 1 :]):
                 break
         summary, end, _ = "".join(parts).partition(stop_sequence)
-        return {"summary": summary, "complete": bool(end)}
+        return {example.output_name: summary, "complete": bool(end)}
 
 
 def load_predictor(path: str | os.PathLike[str]) -> BasePredictor:

@@ -19,7 +19,14 @@ from memtx.data.tasks.tagging import TokenClassification
 from memtx.errors import CheckpointError, DataError
 from memtx.hf.checkpoint import CONFIG_FILE, read_config
 from memtx.hf.loader import BIDIRECTIONAL_ENCODERS, is_hf_folder
-from memtx.hf.task_heads import MASKED_LM, QUESTION_ANSWERING, SEQUENCE_CLASSIFICATION, get_task, unsupported_task_error
+from memtx.hf.task_heads import (
+    MASKED_LM,
+    QUESTION_ANSWERING,
+    SEQUENCE_CLASSIFICATION,
+    get_labels,
+    get_task,
+    unsupported_task_error,
+)
 from memtx.inference.deadline import acquire_before
 from memtx.inference.predictor import BasePredictor, PredictInput, Predictor
 from memtx.inference.text_to_text import load_text_to_text
@@ -72,21 +79,10 @@ def load_published_predictor(path: str | os.PathLike[str]) -> BasePredictor:
         task: Task = QuestionAnswering(max_length, stride, MAX_ANSWER_LENGTH, ALWAYS_ANSWER)
     elif task_name == SEQUENCE_CLASSIFICATION:
         problem_type = config.get("problem_type")
-        task = TextClassification(_get_labels(config, model.num_labels), max_length, stride, problem_type)
+        task = TextClassification(get_labels(config, model.num_labels), max_length, stride, problem_type)
     else:
-        task = TokenClassification(_get_labels(config, model.num_labels), max_length, stride)
+        task = TokenClassification(get_labels(config, model.num_labels), max_length, stride)
     return Predictor(model, tokenizer, task)
-
-
-def _get_labels(config: Mapping[str, Any], num_labels: int) -> list[str]:
-    """Return the labels in order; those that config.json does not name are LABEL_0, LABEL_1 and so on."""
-    names = config.get("id2label") or {}
-    if not isinstance(names, Mapping) or not all(str(index).isdigit() for index in names):
-        raise CheckpointError(
-            f"config.json has id2label = {names!r}, expected labels by index.", "Restore config.json."
-        )
-    by_index = {int(index): str(label) for index, label in names.items()}
-    return [by_index.get(index, f"LABEL_{index}") for index in range(num_labels)]
 
 
 def _get_max_length(folder: Path, config: Mapping[str, Any]) -> int:

@@ -15,7 +15,7 @@ import torch
 from memtx import files
 from memtx.checkpoint.load import load
 from memtx.data.hf_tokenizers import HFTokenizer, hf_tokenizer_from_json
-from memtx.data.tasks.base import build_inputs
+from memtx.data.tasks.base import build_inputs, keep_newest
 from memtx.data.tasks.examples import SummaryExample
 from memtx.errors import CheckpointError, DataError, MemtxError
 from memtx.inference.deadline import acquire_before
@@ -101,20 +101,27 @@ class TextToText(BasePredictor):
         return SummaryExample.parse({"text": raw_input} if isinstance(raw_input, str) else raw_input, False)
 
     def predict(self, inputs: Sequence[PredictInput], *, deadline: float | None = None) -> list[dict[str, Any]]:
-        """Return the ``summary`` of each input; ``complete`` is False if it was cut at the maximum length."""
-        sources = self._map_inputs(inputs, lambda raw_input: self._encode(self.to_example(raw_input).text))
+        """Return the ``summary`` of each input, or the ``response`` to a dialogue.
+
+        ``complete`` is False if it was cut at the maximum length. Of a dialogue that is too long only the end is read;
+        ``truncated`` is then True.
+        """
+        sources = self._map_inputs(inputs, lambda raw_input: self._encode(self.to_example(raw_input)))
         with acquire_before(deadline, self._lock):
-            return [self._predict(ids, deadline) for ids in sources]
+            return [self._predict(name, ids, deadline) | extra for name, ids, extra in sources]
 
-    def _encode(self, text: str) -> torch.Tensor:
-        (encoding,) = self.tokenizer.encode_with_offsets([text])
+    def _encode(self, example: SummaryExample) -> tuple[str, torch.Tensor, dict[str, bool]]:
+        (encoding,) = self.tokenizer.encode_with_offsets([example.text])
         ids, *_ = build_inputs(self.tokenizer, encoding.ids)
+        extra: dict[str, bool] = {}
         if len(ids) > self.max_source_length:
-            message = f"The text has {len(ids)} tokens, the model reads {self.max_source_length} at once."
-            raise DataError(message, "Send less text.")
-        return torch.from_numpy(ids)
+            if not example.is_dialogue:
+                message = f"The text has {len(ids)} tokens, the model reads {self.max_source_length} at once."
+                raise DataError(message, "Send less text.")
+            ids, extra = keep_newest(ids, self.max_source_length), {"truncated": True}
+        return example.output_name, torch.from_numpy(ids), extra
 
-    def _predict(self, ids: torch.Tensor, deadline: float | None) -> dict[str, Any]:
+    def _predict(self, name: str, ids: torch.Tensor, deadline: float | None) -> dict[str, Any]:
         self._check_active(deadline)
         tokens = ids[None].to(self.model.logits_bias.device)
         is_global = torch.zeros_like(tokens)
@@ -128,7 +135,7 @@ class TextToText(BasePredictor):
         self.num_tokens_read += len(ids)
         is_complete = len(target) > 1 and target[-1] in eos_token_ids
         text = self.tokenizer.decode(target[1 : -1 if is_complete else None])
-        return {"summary": text.strip(), "complete": is_complete}
+        return {name: text.strip(), "complete": is_complete}
 
 
 def make_sampler(params: Sequence[SamplingParams], seed: int | None = None) -> ChooseTokens:

@@ -113,8 +113,10 @@ class AdaptiveEmbedding(nn.Module):
         else:
             x = self.projections[0].new_zeros(*tokens.shape, self.dim)
             for cluster, (low, high) in enumerate(self.clusters.bounds):
-                mask = (tokens >= low) & (tokens < high)
-                x = x.index_put((mask,), linear(self.tables[cluster](tokens[mask] - low), self.projections[cluster]))
+                # All tokens in every cluster, so that shapes do not depend on the tokens: lookups are cheap.
+                embedded = self.tables[cluster]((tokens - low).clamp(0, high - low - 1))
+                is_inside = ((tokens >= low) & (tokens < high))[..., None]
+                x = torch.where(is_inside, linear(embedded, self.projections[cluster]), x)
         x = x * self.dim**0.5
         return x
 
@@ -128,6 +130,10 @@ class AdaptiveSoftmax(nn.Module):
         tie_projections: For each cluster, True if its projection is the embedding's. Defaults to all but the first, as
             in Transformer-XL.
 
+    Attributes:
+        assumes_short_list: If True, :meth:`nll` computes as if all labels were in the short list, which most are, for
+            estimates of cost on tensors without values.
+
     Raises:
         MemtxError: ``tie_projections`` does not have one entry per cluster.
     """
@@ -140,6 +146,7 @@ class AdaptiveSoftmax(nn.Module):
         tie_projections: Sequence[bool] | None = None,
     ) -> None:
         super().__init__()
+        self.assumes_short_list = False
         self.clusters = clusters = embedding.clusters
         num_clusters = len(clusters.bounds)
         ties = [cluster > 0 for cluster in range(num_clusters)] if tie_projections is None else tie_projections
@@ -183,7 +190,10 @@ class AdaptiveSoftmax(nn.Module):
         short = self.clusters.bounds[0][1]
         nll = x.new_zeros(labels.shape, dtype=head.dtype)
         for cluster, (low, high) in enumerate(self.clusters.bounds):
-            index = ((labels >= low) & (labels < high)).nonzero()[:, 0]
+            if self.assumes_short_list:
+                index = torch.arange(0 if cluster else len(labels), device=labels.device)
+            else:
+                index = ((labels >= low) & (labels < high)).nonzero()[:, 0]
             if cluster == 0:
                 log_probs = head[index].gather(1, labels[index, None])[:, 0]
             else:

@@ -70,6 +70,10 @@ class MixtureOfExperts(nn.Module):
             # Few tokens read no expert twice, so each gathers its own weights, without a copy to the host.
             hidden = torch.einsum("nd,nkhd->nkh", tokens, self.gate_up[experts])
             return torch.einsum("nkh,nkdh,nk->nd", self._activate(hidden), self.out[experts], weights)
+        if torch.compiler.is_exporting():  # No program can hold groups of varying sizes: all experts map all tokens.
+            shares = torch.zeros(len(tokens), self.num_experts, dtype=tokens.dtype).scatter(1, experts, weights)
+            hidden = self._activate(torch.einsum("nd,ehd->neh", tokens, self.gate_up))
+            return torch.einsum("neh,edh,ne->nd", hidden, self.out, shares)
         order = experts.flatten().argsort(stable=True)
         token = order // self.top_k
         counts = experts.flatten().bincount(minlength=self.num_experts).tolist()

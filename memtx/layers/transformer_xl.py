@@ -65,6 +65,10 @@ class TransformerXLMemory(RecurrentMemory):
 
     def __init__(self, dim: int, window: int = 512, same_length: bool = False) -> None:
         super().__init__(dim, window, same_length)
+
+    def set_window(self, window: int, same_length: bool) -> None:
+        """Set the hidden states carried; states of another window no longer fit."""
+        super().set_window(window, same_length)
         self.cache_length = window
 
     def ring_layout(self) -> None:

@@ -40,6 +40,7 @@ class ErnieDocMemory(RecurrentMemory):
     """
 
     supports_padding = False
+    is_resizable = False
 
     def __init__(self, dim: int, window: int = 512, interval: int = 128) -> None:
         super().__init__(dim, window)

@@ -82,12 +82,20 @@ class RecurrentMemory(Memory[RecurrentState]):
         self.near_window, self.entry_bias = near_window, entry_bias
         self.has_bank = near_window is not None
         self.trained_length = trained_length
-        self.same_length = same_length
-        self.depends_on_segmentation = not same_length
-        self.window = window
         # A number is that of all heads.
         window_options = {"default_distance": dilation} if isinstance(dilation, int) else {"distances": distances}
         self.dilated = DilatedWindow(window, **window_options) if is_dilated else None  # type: ignore[arg-type]
+        self.set_window(window, same_length)
+
+    @property
+    def is_resizable(self) -> bool:
+        """True if nothing but the cache depends on the window."""
+        return self.near_window is None and self.dilated is None
+
+    def set_window(self, window: int, same_length: bool) -> None:
+        """Set the exact positions visible; states of another window no longer fit."""
+        self.window, self.same_length = window, same_length
+        self.depends_on_segmentation = not same_length
         self.cache_length = (self.dilated.length if self.dilated else window) - int(same_length)
 
     def init_state(self, batch_size: int, *, like: Tensor) -> RecurrentState:

@@ -146,6 +146,12 @@ class Encoder(PretrainedModel):
     def _layers(self) -> list[EncoderBlock]:
         return cast(list[EncoderBlock], list(self.blocks))
 
+    def predict_tokens(self, hidden_states: Tensor) -> Tensor:
+        """Return the logits ``(..., vocab)`` of last-layer outputs ``(..., dim)``; the model needs its head."""
+        assert self.head is not None
+        logits: Tensor = self.head(hidden_states, self.embedding.word_embeddings.weight)
+        return logits
+
     def forward(
         self,
         input_ids: Tensor,
@@ -192,7 +198,7 @@ class Encoder(PretrainedModel):
         return EncoderOutput(
             x,
             tuple(hidden) if output_hidden_states else None,
-            self.head(selected, self.embedding.word_embeddings.weight) if self.head is not None else None,
+            self.predict_tokens(selected) if self.head is not None else None,
             torch.tanh(self.pooler(x[:, 0])) if self.pooler is not None else None,
         )
 

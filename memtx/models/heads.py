@@ -81,6 +81,35 @@ class SequenceClassificationHead(nn.Module):
         return self.out(self.dropout(self.pooling(x, attention_mask)))
 
 
+class EmbeddingHead(nn.Module):
+    """Maps a text to a vector, whose direction stands for its meaning (Reimers and Gurevych 2019).
+
+    Args:
+        dim: Width of the hidden states.
+        num_labels: Ignored.
+        pooling: Factory of the pooling, given dim.
+        embedding_dim: Width of the vectors, after a linear map. None for ``dim``, without the map.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_labels: int,
+        pooling: Callable[[int], Pooling] = MeanPooling,
+        embedding_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.pooling = pooling(dim)
+        self.out = None if embedding_dim is None else Linear(dim, embedding_dim)
+        if self.out is not None:
+            init_normal(self.out)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return vectors ``(batch, embedding_dim)`` for x ``(batch, length, dim)``."""
+        pooled = self.pooling(x, attention_mask)
+        return cast(Tensor, pooled if self.out is None else self.out(pooled))
+
+
 class TokenClassificationHead(nn.Module):
     """Scores every token: its tag, or whether an answer starts or ends there.
 

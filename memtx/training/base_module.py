@@ -68,6 +68,7 @@ class BaseModule(pl.LightningModule):
         self.make_optimizer = optimizer if optimizer is not None else default_optimizer
         self.make_scheduler = scheduler
         self.tokens_seen = 0
+        self.picture_sums: dict[str, Tensor] | None = None
         self._resume_state: dict[str, Any] | None = None
         self._total_steps = 0
 
@@ -106,6 +107,14 @@ class BaseModule(pl.LightningModule):
 
     def log_at_epoch_end(self, stage: str) -> None:
         """Log the metrics that :meth:`evaluate_batch` does not; a subclass may override it."""
+
+    def add_to_picture(self, name: str, sums: Tensor) -> None:
+        """Add the sums of a batch, always of the same shape, to those that a picture of the validation is drawn from.
+
+        For ``ValidationPictures``, which sets ``picture_sums`` during a validation; None otherwise.
+        """
+        if self.picture_sums is not None:
+            self.picture_sums[name] = self.picture_sums[name] + sums if name in self.picture_sums else sums
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Evaluate a validation batch."""

@@ -7,12 +7,13 @@ from typing import TypeVar, cast
 from memtx.checkpoint.load import from_pretrained
 from memtx.checkpoint.pretrained import PretrainedModel, resolve_model_path
 from memtx.errors import MemtxError
+from memtx.models.heads import TaskModel
 
 ModelT = TypeVar("ModelT", bound=PretrainedModel)
 
 
 def load_initial_model(path: str, model_class: type[ModelT], kind: str, vocab_size: int) -> ModelT:
-    """Return the model at ``path`` in float32 and in training mode.
+    """Return the model at ``path``, or the backbone of a task model, in float32 and in training mode.
 
     Args:
         path: Hugging Face or memtx folder, checkpoint or run folder.
@@ -24,6 +25,8 @@ def load_initial_model(path: str, model_class: type[ModelT], kind: str, vocab_si
         MemtxError: The model has another class or fewer ids.
     """
     model = from_pretrained(resolve_model_path(path))
+    if isinstance(model, TaskModel) and isinstance(model.backbone, model_class):
+        model = model.backbone
     if not isinstance(model, model_class):
         raise MemtxError(f"'{path}' contains {type(model).__name__}, not {kind}.", "Change model.pretrained.")
     if (num_tokens := cast(int, model.vocab_size)) < vocab_size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor
 from memtx.data.batch import Batch
 from memtx.errors import MemtxError
 from memtx.models.add_memory import Retrofit
+from memtx.models.memory_length import memory_length
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.sources import list_sources
 from memtx.state import MemoryState
 from memtx.training.compression_rates import CompressionRateSampler
 from memtx.training.distillation.language import LanguageDistillation
 from memtx.training.lora import LoRA, freeze_base_model
-from memtx.training.metrics import LanguageMetrics, MemoryGain
+from memtx.training.metrics import LanguageMetrics, MemoryGain, sum_by_position
 from memtx.training.recurrent_module import RecurrentModule
 from memtx.training.tbptt import UnrollOutput
 
@@ -52,6 +54,12 @@ class LanguageModule(RecurrentModule):
         state_reset_prob: Probability that a stream starts a step with a fresh state in the middle of its document. None
             means 0.05 if a memory is ``unbounded``, else 0. Without resets, an unbounded memory keeps what it stored
             before its gates learned to close, and the model relies on it as on a bias that the next document loses.
+        eval_memory: Hidden states carried per layer in validation and tests, as Transformer-XL is tested with a longer
+            cache than it is trained with; see :func:`memtx.models.memory_length.set_memory_length`. None keeps the
+            model's.
+        clamp: Largest distance that a Transformer-XL tells apart in validation and tests. None keeps the model's.
+        same_length: If True, every query sees equally many positions in validation and tests. None keeps the model's
+            setting.
         **options: ``optimizer``, ``scheduler``, ``gate_lr_multiplier`` and ``distillation`` of :class:`BaseModule`.
 
     Raises:
@@ -75,6 +83,9 @@ class LanguageModule(RecurrentModule):
         compression_rates: Sequence[int] = (),
         lora: LoRA | None = None,
         state_reset_prob: float | None = None,
+        eval_memory: int | None = None,
+        clamp: int | None = None,
+        same_length: bool | None = None,
         **options: Any,
     ) -> None:
         super().__init__(
@@ -92,6 +103,9 @@ class LanguageModule(RecurrentModule):
             freeze_base_model(self.model, lora)
         elif lora is not None:
             raise MemtxError("lora adapts a frozen base, but freeze_base is false.", "Set freeze_base, or remove lora.")
+        self._eval_settings = eval_memory, clamp, same_length
+        with self._eval_context():  # raises for a model that it does not fit
+            pass
         self.metrics = LanguageMetrics()
         self.memory_gain = MemoryGain(segment_length, list_sources(self.model)) if measure_memory_gain else None
         distillation = self.distillation
@@ -108,6 +122,10 @@ class LanguageModule(RecurrentModule):
         super().setup(stage)
 
     # Steps
+
+    def _eval_context(self) -> AbstractContextManager[None]:
+        length, clamp, same_length = self._eval_settings
+        return memory_length(self.model, length, clamp_length=clamp, same_length=same_length)
 
     def _read(self, stage: str, batch: Batch, state: MemoryState) -> UnrollOutput:
         loss_fn = None
@@ -132,16 +150,20 @@ class LanguageModule(RecurrentModule):
 
     def evaluate_batch(self, stage: str, batch: Batch, batch_idx: int) -> None:
         """Update and log the metrics of a stage."""
-        state = self._initial_state(stage, batch, batch_idx)
-        output = self._read(stage, batch, state)
-        if stage == "val" and self.memory_gain is not None:
-            is_first = batch_idx == 0 or not self.carries_state
-            self.memory_gain.update(self.model, batch, output.nll, state, is_first=is_first)
+        with self._eval_context():
+            state = self._initial_state(stage, batch, batch_idx)
+            output = self._read(stage, batch, state)
+            if stage == "val" and self.memory_gain is not None:
+                is_first = batch_idx == 0 or not self.carries_state
+                self.memory_gain.update(self.model, batch, output.nll, state, is_first=is_first)
+            if self.picture_sums is not None:
+                self.add_to_picture("position", sum_by_position(batch, output.nll, state))
         self.metrics.update_and_log(self, stage, batch, output.nll.sum(dtype=torch.float64), output.num_scored)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the negative log-likelihood of each label in nats, ``(batch, length)``."""
-        return self._read("predict", batch, self._initial_state("predict", batch, batch_idx)).nll
+        with self._eval_context():
+            return self._read("predict", batch, self._initial_state("predict", batch, batch_idx)).nll
 
     def log_at_epoch_end(self, stage: str) -> None:
         """Log the word perplexity and, in validation, the gain from memory, in total and by distance."""

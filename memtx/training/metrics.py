@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torchmetrics import MeanMetric, Metric
 
 from memtx.data.batch import IGNORE_INDEX, Batch
-from memtx.metrics import BitsPerByte, BitsPerCharacter, WordPerplexity
+from memtx.metrics import BitsPerByte, BitsPerCharacter, Perplexity, WordPerplexity
 from memtx.models.recurrent_lm import RecurrentLanguageModel
 from memtx.models.sources import hide_sources
 from memtx.segment import Segment
@@ -23,6 +23,40 @@ NUM_DISTANCE_RANGES = 5
 """Number of ranges of distance from the start of a document, each four times as long as the one before."""
 
 
+NUM_POSITION_BINS = 96
+BINS_PER_OCTAVE = 2
+MIN_POSITION = 16
+"""Positions below this share a bin, since means of single tokens would be noise."""
+
+
+def position_of_bins(num_bins: int) -> Tensor:
+    """Return the position in the middle of each bin of :func:`sum_by_position`, ``(num_bins,)``."""
+    positions = MIN_POSITION * 2 ** ((torch.arange(num_bins, dtype=torch.float64) - 0.5) / BINS_PER_OCTAVE)
+    positions[0] = MIN_POSITION / 2
+    return positions
+
+
+def sum_by_position(batch: Batch, nll: Tensor, state: MemoryState) -> Tensor:
+    """Return nats and bytes by position in the document, in bins of equal width on a logarithmic axis.
+
+    ``nll`` is the negative log-likelihood of each label, ``(batch, length)`` in nats, and ``state`` the one before the
+    batch. The result is ``(2, NUM_POSITION_BINS)`` float64.
+    """
+    positions = Segment.from_document_starts(state.position, nll.shape[1], batch.document_starts).position
+    octaves = (positions.clamp(min=MIN_POSITION / 2).double() / MIN_POSITION).log2()
+    bins = (1 + octaves * BINS_PER_OCTAVE).floor().clamp(0, NUM_POSITION_BINS - 1).long()
+    sums = nll.new_zeros(2, NUM_POSITION_BINS, dtype=torch.float64)
+    for row, values in enumerate((nll.double(), _bytes_of_tokens(batch))):
+        sums[row].index_add_(0, bins.flatten(), values.flatten())
+    return sums
+
+
+def _bytes_of_tokens(batch: Batch) -> Tensor:
+    """Return the bytes of each scored token, ``(batch, length)``: those of a stream are known, and spread evenly."""
+    scored = batch.labels != IGNORE_INDEX
+    return scored * (batch.num_bytes.double() / scored.sum(1).clamp(min=1))[:, None]
+
+
 class LanguageMetrics(nn.ModuleDict):
     """Metrics of validation and test, named ``val_loss``, ``test_bits_per_byte`` and so on."""
 
@@ -31,6 +65,7 @@ class LanguageMetrics(nn.ModuleDict):
             "bits_per_byte": BitsPerByte,
             "bits_per_character": BitsPerCharacter,
             "word_perplexity": WordPerplexity,
+            "perplexity": Perplexity,
             "loss": MeanMetric,
         }
         super().__init__({f"{stage}_{name}": make() for stage in ("val", "test") for name, make in classes.items()})
@@ -53,9 +88,10 @@ class LanguageMetrics(nn.ModuleDict):
         self._get_metric(stage, "word_perplexity").update(nll_sum, batch.num_words.sum(), batch.num_bytes.sum())
         num_chars = batch.num_bytes.sum() * self._characters_per_byte(module, batch.labels)
         self._get_metric(stage, "bits_per_character").update(nll_sum, num_chars)
+        self._get_metric(stage, "perplexity").update(nll_sum, num_scored)
         self._get_metric(stage, "loss").update(nll_sum / num_scored.clamp(min=1), num_scored)
         # On every rank, whatever it scored: the others would wait forever for a rank that logs nothing.
-        for name in ("bits_per_byte", "bits_per_character", "loss"):
+        for name in ("bits_per_byte", "bits_per_character", "perplexity", "loss"):
             metric, batch_size = self._get_metric(stage, name), batch.tokens.shape[0]
             show = name == "bits_per_byte"
             module.log(f"{stage}_{name}", metric, prog_bar=show, on_step=False, on_epoch=True, batch_size=batch_size)
@@ -159,14 +195,12 @@ class MemoryGain(nn.Module):
         cast(Metric, self.by_source[name]).update(gain, batch.num_bytes)
 
     def _update_distances(self, batch: Batch, gain: Tensor, state: MemoryState) -> None:
-        scored = batch.labels != IGNORE_INDEX
-        # The bytes of a stream are known, not those of a token: they are spread evenly over its scored tokens.
-        token_bytes = batch.num_bytes.double() / scored.sum(1).clamp(min=1)
+        token_bytes = _bytes_of_tokens(batch)
         positions = Segment.from_document_starts(state.position, gain.shape[1], batch.document_starts).position
         last = self.segment_length * 4 ** (NUM_DISTANCE_RANGES - 1)
         for low, metric in self._distance_ranges():
             in_range = (positions >= low) & ((positions < 4 * low) | (low == last))
-            metric.update(gain * in_range, (scored & in_range).sum(1) * token_bytes)
+            metric.update(gain * in_range, (token_bytes * in_range).sum(1))
 
     def compute_and_reset(self) -> dict[str, Tensor]:
         """Return the gains by name.

@@ -5,6 +5,7 @@ The causal objective needs no function, because batches of text have the next to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ def mask_tokens(
     mask_prob: float = 0.15,
     special_token_ids: Iterable[int] = (),
     word_ids: Tensor | None = None,
+    token_weights: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> MaskedTokens:
     """Select tokens to predict and mask them (BERT, Devlin et al. 2019, section 3.1).
@@ -43,6 +45,8 @@ def mask_tokens(
         mask_prob: Probability that a token, or a word if ``word_ids`` is given, is selected.
         special_token_ids: Ids that are never selected, such as the one that begins a document.
         word_ids: Index of each token's word in its text, ``(batch, length)`` int64, to select whole words.
+        token_weights: Relative probability of each id to be selected, ``(ids,)``. If given, a fixed share of the batch
+            is selected, ``mask_prob`` of its tokens rounded up, as for DistilBERT (Sanh et al. 2019).
         generator: Random number generator on the tokens' device. Defaults to torch's own.
 
     Raises:
@@ -54,12 +58,22 @@ def mask_tokens(
     def uniform() -> Tensor:
         return torch.rand(tokens.shape, generator=generator, device=tokens.device)
 
-    selected = uniform() < mask_prob
-    if word_ids is not None:
-        # All tokens of a word share one random number.
-        selected = selected.gather(1, word_ids)
+    selectable = torch.ones_like(tokens, dtype=torch.bool)
     for token_id in special_token_ids:
-        selected &= tokens != token_id
+        selectable &= tokens != token_id
+    if token_weights is not None:
+        weights = torch.where(selectable, token_weights[tokens], 0.0).flatten()
+        count = min(math.ceil(mask_prob * tokens.numel()), int(weights.count_nonzero()))
+        selected = torch.zeros_like(weights, dtype=torch.bool)
+        if count:
+            selected[weights.multinomial(count, generator=generator)] = True
+        selected = selected.view_as(tokens)
+    else:
+        selected = uniform() < mask_prob
+        if word_ids is not None:
+            # All tokens of a word share one random number.
+            selected = selected.gather(1, word_ids)
+        selected &= selectable
     labels = torch.where(selected, tokens, IGNORE_INDEX)
     replacement = uniform()
     random_tokens = torch.randint(vocab_size, tokens.shape, generator=generator, device=tokens.device)

@@ -195,4 +195,54 @@ class WarmupCosine(LambdaLR):
         if self.total_steps <= self.warmup_steps:
             return 1.0
         progress = min(1.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps))
-        return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        return self.min_lr_ratio + (1.0 - self.min_lr_ratio) * self._decay(progress)
+
+    def _decay(self, progress: float) -> float:
+        """Return the rate after the warm-up, from 1 at progress 0 to 0 at 1."""
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class WarmupLinear(WarmupCosine):
+    """Linear warm-up, then a line down to a minimum (BERT, Devlin et al. 2019, appendix A.2).
+
+    Args:
+        optimizer: Optimizer whose learning rates are scaled.
+        warmup_steps: Optimizer steps until the full rate. Defaults to 100.
+        total_steps: Optimizer steps until the minimum; 0 means those of the run.
+        min_lr_ratio: Minimum rate as a fraction of the full one. Defaults to 0.0.
+
+    Raises:
+        MemtxError: A number is out of range.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, warmup_steps: int = 100, total_steps: int = 0, min_lr_ratio: float = 0.0
+    ) -> None:
+        super().__init__(optimizer, warmup_steps, total_steps, min_lr_ratio)
+
+    def _decay(self, progress: float) -> float:
+        return 1.0 - progress
+
+
+class WarmupInverseSqrt(LambdaLR):
+    """Linear warm-up, then a rate that falls with the square root of the step (Vaswani et al. 2017, section 5.3).
+
+    Args:
+        optimizer: Optimizer whose learning rates, those at the end of the warm-up, are scaled.
+        warmup_steps: Optimizer steps until the full rate. Defaults to 4,000.
+
+    Raises:
+        MemtxError: warmup_steps is below 1.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: int = 4000) -> None:
+        check_at_least(1, warmup_steps=warmup_steps)
+        self.warmup_steps = warmup_steps
+        super().__init__(optimizer, self._lr_scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the progress without the settings, so that a run can resume with other settings."""
+        return {key: value for key, value in super().state_dict().items() if key not in _CONFIG_KEYS}
+
+    def _lr_scale(self, step: int) -> float:
+        return min((step + 1) / self.warmup_steps, math.sqrt(self.warmup_steps / max(step + 1, 1)))

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric
 
 from memtx.data.batch import IGNORE_INDEX, Batch
-from memtx.errors import MemtxError
+from memtx.data.hf_tokenizers import HFTokenizer
+from memtx.errors import MemtxError, check_at_least
 from memtx.models.encoder import Encoder
 from memtx.models.reformer import Reformer
 from memtx.models.xlnet import XLNet
@@ -83,9 +84,15 @@ class MaskedModule(TokenPredictionModule):
     Args:
         model: Creates the encoder from the vocabulary size.
         vocab_size: Vocabulary size; set from the data module.
-        mask_id: Id of the mask token, if the vocabulary has one. None adds it after the last id.
+        mask_id: Id of the mask token. Defaults to ``mask_token_id``; without one it is added after the last id.
         mask_prob: Probability that a token or a word is selected. Defaults to 0.15.
         whole_words: If True, select all tokens of a word together.
+        mask_smoothing: Exponent s that favors rare tokens in training: one that occurs n times in the training texts
+            is selected with a probability proportional to n^-s (0.7 for DistilBERT, Sanh et al. 2019). Validation
+            selects all alike. Defaults to 0.0.
+        add_special_tokens: If True, put ``[CLS]`` before and ``[SEP]`` after every sequence, and ``[SEP]`` between
+            documents, as published encoders read texts; these are two tokens more than the data's ``segment_length``.
+        mask_token_id: Id of the tokenizer's mask token, None if it has none; set from the data module.
         pretrained: Folder of an encoder with a head for masked tokens to begin with, such as one that
             ``memtx convert --to longformer`` wrote; ``model`` is then ignored.
         **options: ``optimizer``, ``scheduler``, ``gate_lr_multiplier`` and ``distillation`` of :class:`BaseModule`.
@@ -100,18 +107,39 @@ class MaskedModule(TokenPredictionModule):
         mask_id: int | None = None,
         mask_prob: float = 0.15,
         whole_words: bool = False,
+        mask_smoothing: float = 0.0,
+        add_special_tokens: bool = False,
+        mask_token_id: int | None = None,
         pretrained: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        check_at_least(0, mask_smoothing=mask_smoothing)
+        if whole_words and mask_smoothing:
+            raise MemtxError(
+                f"mask_smoothing ({mask_smoothing}) selects single tokens, whole_words whole words.", "Set one of them."
+            )
         self.data_vocab_size = vocab_size
+        mask_id = mask_token_id if mask_id is None else mask_id
         self.mask_id = vocab_size if mask_id is None else mask_id
         num_tokens = vocab_size + (mask_id is None)
         self.model = model(num_tokens) if pretrained is None else _load_masked_encoder(pretrained, num_tokens)
         self.mask_prob, self.whole_words = mask_prob, whole_words
+        self.mask_smoothing, self.add_special_tokens = mask_smoothing, add_special_tokens
+        self._token_weights: Tensor | None = None
 
     def setup(self, stage: str) -> None:
-        """Load the teacher."""
+        """Count the tokens of the training texts if rare ones are favored, and load the teacher."""
+        if self.add_special_tokens and not isinstance(getattr(self.datamodule, "tokenizer", None), HFTokenizer):
+            raise MemtxError(
+                "model.add_special_tokens needs a tokenizer with [CLS] and [SEP].",
+                "Set data.tokenizer to an HFTokenizer or a WordPieceTokenizer, or add_special_tokens to false.",
+            )
+        if stage == "fit" and self.mask_smoothing:
+            counts = np.zeros(self.data_vocab_size + 1, dtype=np.int64)
+            counted = self.datamodule.token_store("train").count_tokens()
+            counts[: len(counted)] = counted
+            self._token_weights = torch.from_numpy(np.maximum(counts, 1).astype(np.float32) ** -self.mask_smoothing)
         if self.distillation is not None and self.distillation.uses_cache:
             raise MemtxError(
                 "distillation.cache_dir caches the teacher's logits, but masks differ in every epoch.",
@@ -126,13 +154,14 @@ class MaskedModule(TokenPredictionModule):
         masked = self._mask_batch(batch, None)
         scored = masked.labels != IGNORE_INDEX
         needs_hidden = self.distillation.needs_hidden_states(self.progress)
-        teacher = cast(Encoder, self.distillation.get_teacher(batch.tokens.device, self.model, batch.tokens.shape[1]))
+        teacher = cast(Encoder, self.distillation.get_teacher(batch.tokens.device, self.model, masked.tokens.shape[1]))
         teacher_outputs = self.distillation.get_teacher_outputs(
             lambda: forward_masked_lm(teacher, masked.tokens, scored, output_hidden_states=needs_hidden)
         )
         outputs = forward_masked_lm(self.model, masked.tokens, scored, output_hidden_states=needs_hidden)
         assert outputs.features is not None
-        outputs = replace(outputs, loss=mean_cross_entropy(outputs.features, masked.labels[scored]))
+        logits = self.model.predict_tokens(outputs.features[outputs.masked])
+        outputs = replace(outputs, loss=mean_cross_entropy(logits, masked.labels[scored]))
         return self._log_training_step(self._distillation_loss(outputs, teacher_outputs), batch.tokens)
 
     def predict_tokens(self, batch: Batch, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -144,20 +173,38 @@ class MaskedModule(TokenPredictionModule):
         return logits, masked.labels[scored]
 
     def _mask_batch(self, batch: Batch, generator: torch.Generator | None) -> objectives.MaskedTokens:
-        word_ids = None
+        tokens, word_ids, weights = self._frame(batch.tokens), None, None
         if self.whole_words:
-            tokenizer, sequences = self.datamodule.tokenizer, batch.tokens.tolist()
-            word_ids = torch.from_numpy(np.stack([tokenizer.word_ids(tokens) for tokens in sequences]))
-            word_ids = word_ids.to(batch.tokens.device)
+            tokenizer = self.datamodule.tokenizer
+            word_ids = torch.from_numpy(np.stack([tokenizer.word_ids(sequence) for sequence in tokens.tolist()]))
+            word_ids = word_ids.to(tokens.device)
+        if generator is None and self._token_weights is not None:
+            weights = self._token_weights = self._token_weights.to(tokens.device)
         return objectives.mask_tokens(
-            batch.tokens,
+            tokens,
             mask_token_id=self.mask_id,
             vocab_size=self.data_vocab_size,
             mask_prob=self.mask_prob,
-            special_token_ids=(self.bos_token_id(),),
+            special_token_ids=self._special_token_ids(),
             word_ids=word_ids,
+            token_weights=weights,
             generator=generator,
         )
+
+    def _special_token_ids(self) -> tuple[int, ...]:
+        """Return the ids that are never selected: the tokenizer's special tokens."""
+        tokenizer = getattr(self.datamodule, "tokenizer", None)
+        return tokenizer.special_token_ids if isinstance(tokenizer, HFTokenizer) else (self.bos_token_id(),)
+
+    def _frame(self, tokens: Tensor) -> Tensor:
+        """Return the tokens between ``[CLS]`` and ``[SEP]`` if ``add_special_tokens``."""
+        if not self.add_special_tokens:
+            return tokens
+        tokenizer = self.datamodule.tokenizer
+        first, last = (
+            tokens.new_full((len(tokens), 1), id_) for id_ in (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        )
+        return torch.cat([first, tokens.where(tokens != tokenizer.cls_token_id, last), last], dim=1)
 
 
 class PermutedModule(TokenPredictionModule):

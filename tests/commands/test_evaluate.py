@@ -126,6 +126,25 @@ def test_needles_and_stories_are_evaluated(reader: str, tmp_path: Path, capsys: 
     table = capsys.readouterr().out
     assert all(part in table for part in ("qa1", "300", "0.500"))
     assert plot.read_bytes().startswith(PNG)
+    written = ("--task", "babilong", "--babi-dir", str(tmp_path), "--tasks", "qa1", "--distances", "0,300")
+    report = evaluate(capsys, *base, *written)
+    assert [(result["name"], result["distance"]) for result in report["results"]] == [
+        ("qa1", 0), ("qa1", 300), ("all", 0), ("all", 300),
+    ]  # fmt: skip
+
+
+def test_ruler_says_which_tasks_are_left_out(reader: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ["evaluate", "--checkpoint", reader, "--task", "ruler", "--num-samples", "1", "--distances", "300"]
+    assert main([*base, "--json", "-"]) == 0
+    output = capsys.readouterr()
+    assert "qa_1 is left out: it needs --squad FILE" in output.err
+    assert "qa_2 is left out: it needs --hotpotqa FILE" in output.err
+    names = [result["name"] for result in json.loads(output.out)["results"]]
+    assert len(names) == 11 + 1
+    assert main([*base, "--tasks", "vt,qa_1"]) == 2
+    assert "--squad is not set" in capsys.readouterr().err
+    assert main([*base, "--tasks", "vtt"]) == 2
+    assert "--tasks has 'vtt'" in capsys.readouterr().err
 
 
 def test_a_run_is_evaluated_on_the_task_of_its_training(program: Program, tmp_path: Path) -> None:

@@ -50,6 +50,14 @@ def test_a_saved_tokenizer_gives_the_same_ids() -> None:
         )
 
 
+def test_the_tokenizer_of_a_run_is_read_for_a_task(tmp_path: Path) -> None:
+    OWN.save(tmp_path / "tokenizer.json")
+    text = texts(1, seed=9)[0]
+    other = HFTokenizer(str(tmp_path))
+    assert other.encode_with_offsets([text])[0].ids.tolist() == OWN.encode_with_offsets([text])[0].ids.tolist()
+    assert other.mask_token_id == OWN.mask_token_id
+
+
 def test_a_library_file_keeps_its_ids(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 

@@ -162,7 +162,8 @@ def test_a_tokenizer_is_trained_on_training_texts_alone(source: CorpusManifest, 
     corpus = tokenize_corpus(tmp_path / "out", source, BytePairTokenizer(280), num_workers=1)
     tokenizer = corpus.read_tokenizer()
     assert tokenizer.vocab_size == 280
-    sampled = "".join(tokenized_corpus._sample_texts(source))
+    texts = tokenized_corpus._training_texts(source, tokenized_corpus.MAX_TRAINING_BYTES)
+    sampled = "".join(text for portions in texts for text in portions)
     # Texts of other splits are not used.
     assert "Row 1 " in sampled or assign_split("k1", SHARES) != "train"
     held = next(number for number in range(60) if number % 7 and assign_split(f"k{number}", SHARES) == "test")

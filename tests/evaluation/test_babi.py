@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from memtx.data.babi import Story, load_tasks, read_stories
+from memtx.data.haystack import Haystack
 from memtx.data.sources.base import Document
 from memtx.data.tokenizers import ByteTokenizer
 from memtx.errors import DataError
 from memtx.evaluation.accuracy import EvaluationResult, average_by_distance
-from memtx.evaluation.babi import Story, evaluate_babi, load_tasks, read_stories
-from memtx.evaluation.haystack import Haystack
+from memtx.evaluation.babi import evaluate_babi
 from memtx.state import MemoryState
 from tests.evaluation.readers import RememberingModel, remembers
 

@@ -10,18 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memtx.data.haystack import MAX_SENTENCE_CHARS, Haystack, encode_ids, split_sentences
 from memtx.data.sources.base import Document
 from memtx.data.tokenizers import ByteTokenizer
 from memtx.errors import DataError, MemtxError
-from memtx.evaluation.haystack import (
-    MAX_SENTENCE_CHARS,
-    Haystack,
-    choose_answer,
-    encode_ids,
-    evaluate_needle,
-    read_contexts,
-    split_sentences,
-)
+from memtx.evaluation.haystack import choose_answer, evaluate_needle, read_contexts
 from memtx.memory.compressed import CompressedMemory
 from memtx.models.memory_transformer import MemoryTransformer
 from tests.evaluation.readers import remembers

@@ -23,6 +23,8 @@ def rounded(value: Any) -> Any:
     # Padding to the longest text changes the order of sums; 1e-4 is float32 rounding.
     if isinstance(value, float):
         return round(value, 3)
+    if isinstance(value, list):
+        return [rounded(entry) for entry in value]
     if isinstance(value, dict):
         return {key: rounded(entry) for key, entry in value.items()}
     return value
@@ -40,7 +42,7 @@ def test_predictions_do_not_depend_on_the_batch(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels_are_ignored(kind: str) -> None:
     task_predictor, inputs = predictor(kind), records(kind, 3)
-    labels = ("label", "tags", "answers", "is_impossible")
+    labels = ("label", "labels", "tags", "answers", "is_impossible")
     unlabeled = [{key: value for key, value in record.items() if key not in labels} for record in inputs]
     assert task_predictor.predict(inputs) == task_predictor.predict(unlabeled)
 

@@ -120,10 +120,10 @@ def test_the_tokenizer_and_the_frozen_part_go_with_the_folder(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--window", "8"], "--window applies to --to longformer. Add --to, or remove --window."),
+        (["--window", "8"], "--window applies to --to longformer, hf, onnx or pt2. Add --to, or remove --window."),
         (["--max-length", "4096"], "--max-length applies to --to longformer or bigbird."),
         (["--freeze", "rest"], "--freeze applies to --to longformer or bigbird."),
-        (["--to", "bigbird", "--window", "8"], "--window applies to --to longformer, not to bigbird."),
+        (["--to", "bigbird", "--window", "8"], "--window applies to --to longformer, hf, onnx or pt2, not to bigbird."),
         (["--to", "longformer", "--block-size", "8"], "--block-size applies to --to bigbird, not to longformer."),
     ],
 )

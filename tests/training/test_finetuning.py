@@ -14,16 +14,9 @@ from memtx.data.tasks.data_module import TaskDataModule
 from memtx.errors import CheckpointError, DataError, MemtxError
 from memtx.inference.predictor import Predictor, is_task_model
 from memtx.training.callbacks.freeze import Freeze
-from memtx.training.finetuning import ClassificationModule, QuestionAnsweringModule, TaggingModule, TaskModule
-from tests.tasks import KINDS, body, folder, records, task, write_lines
+from memtx.training.finetuning import ClassificationModule, TaskModule
+from tests.tasks import KINDS, MODULES, body, folder, records, task, write_lines
 from tests.training.small import assert_equal, weights
-
-MODULES: dict[str, type[TaskModule]] = {
-    "classification": ClassificationModule,
-    "matching": ClassificationModule,
-    "tagging": TaggingModule,
-    "questions": QuestionAnsweringModule,
-}
 
 
 def adam(params: Any) -> torch.optim.Optimizer:
@@ -39,7 +32,7 @@ def parts(kind: str, root: Path, **options: Any) -> tuple[TaskModule, TaskDataMo
         "num_labels": data.num_labels,
         "mask_token_id": data.mask_token_id,
     }
-    return MODULES[kind](body(), optimizer=adam, scheduler=None, **sizes, **options), data
+    return MODULES[kind](backbone=body(), optimizer=adam, scheduler=None, **sizes, **options), data
 
 
 def trainer(**options: Any) -> pl.Trainer:

@@ -19,7 +19,7 @@ from memtx.memory.copy_memory import CopyMemory
 from memtx.memory.retrieval import RetrievalMemory
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.language import LanguageModule
-from memtx.training.optimizers import WarmupCosine, build_optimizer, build_scheduler, make_param_groups
+from memtx.training.optimizers import WarmupCosine, WarmupLinear, build_optimizer, build_scheduler, make_param_groups
 from memtx.training.tbptt import unroll
 from tests.memory_zoo import KINDS
 from tests.training.small import SEGMENT, Record, adam, data, memory, model, module, sgd, trainer, weights
@@ -111,6 +111,7 @@ def test_gates_have_a_rate_of_their_own_and_no_decay(name: str, multiplier: floa
     "make_scheduler",
     [
         partial(WarmupCosine, warmup_steps=2, total_steps=9),
+        partial(WarmupLinear, warmup_steps=2, total_steps=9),
         partial(StepLR, step_size=2),
         partial(OneCycleLR, max_lr=0.1, total_steps=9),
         partial(CyclicLR, base_lr=0.01, max_lr=0.1, step_size_up=3, cycle_momentum=False),
@@ -182,6 +183,12 @@ def test_warmup_then_cosine() -> None:
     for wrong in ({"warmup_steps": -1}, {"total_steps": -1}, {"min_lr_ratio": 1.5}, {"min_lr_ratio": -0.1}):
         with pytest.raises(MemtxError, match="schedule"):
             WarmupCosine(optimizer(), **wrong)
+
+
+def test_warmup_then_a_line() -> None:
+    # By get_linear_schedule_with_warmup of transformers, one step ahead in the warm-up.
+    rates = learning_rates(WarmupLinear(optimizer(), warmup_steps=4, total_steps=12), 14)
+    assert rates == pytest.approx([0.5, 1.0, 1.5, 2.0, *(2.0 * (12 - step) / 8 for step in range(4, 13)), 0.0])
 
 
 def test_a_resumed_schedule_has_the_new_settings() -> None:

@@ -93,6 +93,9 @@ def test_the_mask_token_is_added_or_given() -> None:
     assert MaskedModule(ENCODER, 50).model.vocab_size == 51
     module = MaskedModule(ENCODER, 50, mask_id=4)
     assert (module.model.vocab_size, module.mask_id) == (50, 4)
+    module = MaskedModule(ENCODER, 50, mask_token_id=4)
+    assert (module.model.vocab_size, module.mask_id) == (50, 4)
+    assert MaskedModule(ENCODER, 50, mask_id=3, mask_token_id=4).mask_id == 3
 
 
 def test_only_masked_tokens_are_scored() -> None:

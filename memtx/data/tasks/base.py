@@ -5,6 +5,7 @@ Each task sets which tokens are global (Longformer, Beltagy et al. 2020, section
 
 from __future__ import annotations
 
+import importlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,6 +40,7 @@ class EncodedExample:
     text_start: int  # index of that token in the text that may be split
     text_stop: int  # index in that text after the part's last token
     target: IntArray | None = None  # labels to learn; meaningless if the example has none
+    part: int = 0  # text of the example that the window is of: a choice, or a query (0) and its documents
 
 
 @dataclass(eq=False)
@@ -48,6 +50,11 @@ class PreparedExample:
     example: Any
     encodings: Sequence[Encoding]
     windows: Sequence[EncodedExample]
+
+    @property
+    def ids(self) -> IntArray:
+        """The tokens of the longest window."""
+        return max((window.ids for window in self.windows), key=len)
 
 
 class Task(ABC):
@@ -62,6 +69,7 @@ class Task(ABC):
     kind: ClassVar[str]  # name of the task in a checkpoint
     example_type: ClassVar[Any]  # class of the examples, of memtx.data.tasks.examples
     text_fields: ClassVar[tuple[str, ...]]  # attributes of an example that hold its texts
+    keeps_windows_together: ClassVar[bool] = False  # if True, a batch has all windows of each of its examples
 
     def __init_subclass__(cls) -> None:
         if "kind" in vars(cls):
@@ -121,6 +129,10 @@ class Task(ABC):
         encodings = tokenizer.encode_with_offsets(self.get_texts(example))
         return PreparedExample(example, encodings, self.encode(example, encodings, tokenizer))
 
+    def describe_losses(self, examples: Sequence[PreparedExample]) -> str | None:
+        """Return a sentence on the parts of examples that are in no window, if there are any."""
+        return None
+
     @abstractmethod
     def postprocess(self, prepared: PreparedExample, logits: Sequence[Logits]) -> dict[str, Any]:
         """Return the prediction for an example, with or without a label, as JSON values.
@@ -165,9 +177,8 @@ def task_to_json(task: Task) -> str:
 
 def task_from_json(text: str) -> Task:
     """Return the task that :func:`task_to_json` wrote; raises DataError for any other text, version or kind."""
-    # They register their kinds.
-    from memtx.data.tasks import classification, question_answering, tagging  # noqa: F401
-
+    for name in ("classification", "dialogue", "multiple_choice", "question_answering", "retrieval", "tagging"):
+        importlib.import_module(f"memtx.data.tasks.{name}")  # which registers its kinds
     try:
         value = json.loads(text)
         if value.pop("format") != FORMAT or value.pop("version") != FORMAT_VERSION:
@@ -194,3 +205,15 @@ def build_inputs(
     ids = np.concatenate([[tokenizer.cls_token_id], first_ids, sep, *second_parts]).astype(np.int64)
     positions = np.arange(len(ids))
     return ids, (positions >= len(first_ids) + 1 + num_separators).astype(np.int64), positions == 0
+
+
+def keep_newest(ids: IntArray, limit: int) -> IntArray:
+    """Return the first token, which is special, and the last ``limit - 1``."""
+    return np.concatenate([ids[:1], ids[len(ids) - limit + 1 :]])
+
+
+def mean_by_part(prepared: PreparedExample, logits: Sequence[Logits]) -> list[Logits]:
+    """Return the mean of the windows' logits for each part of an example, in order."""
+    parts = np.array([window.part for window in prepared.windows])
+    stacked = np.stack(logits)
+    return [stacked[parts == part].mean(0) for part in range(int(parts.max()) + 1)]

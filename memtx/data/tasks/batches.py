@@ -42,13 +42,18 @@ class TaskBatch(NamedTuple):
     attention_mask: Tensor  # (batch, length) 1 for a token and 0 for padding
     token_type_ids: Tensor  # (batch, length) 1 for tokens of a second text
     global_attention_mask: Tensor  # (batch, length) 1 for global tokens
-    # (batch,) classes, (batch, length) tags, or (batch, 2) first and last position of an answer; IGNORE_INDEX for none
+    # (batch,) classes, (batch, length) tags, (batch, 2) first and last position of an answer, or (batch, labels) zeros
+    # and ones; IGNORE_INDEX for none
     labels: Tensor
     batch_examples: BatchExamples | None  # whole examples in evaluation; None in training
+    groups: Tensor | None = None  # (batch, 2) example and part of each window, if the examples are whole
 
 
 def collate(
-    windows: Sequence[EncodedExample], pad_token_id: int, batch_examples: BatchExamples | None = None
+    windows: Sequence[EncodedExample],
+    pad_token_id: int,
+    batch_examples: BatchExamples | None = None,
+    groups: Tensor | None = None,
 ) -> TaskBatch:
     """Return windows as one batch, padded at the end to the longest."""
 
@@ -68,7 +73,17 @@ def collate(
         pad([window.global_attention_mask for window in windows], 0),
         labels,
         batch_examples,
+        groups,
     )
+
+
+def collate_examples(
+    examples: Sequence[PreparedExample], pad_token_id: int, batch_examples: BatchExamples | None = None
+) -> TaskBatch:
+    """Return all windows of whole examples as one batch."""
+    windows = [window for example in examples for window in example.windows]
+    groups = [[index, window.part] for index, example in enumerate(examples) for window in example.windows]
+    return collate(windows, pad_token_id, batch_examples, torch.tensor(groups))
 
 
 class TrainingBatches(Generic[B]):
@@ -204,7 +219,6 @@ class EvaluationBatches(FixedBatches[TaskBatch]):
             room -= len(example.windows)
 
         def get_batch(index: int) -> TaskBatch:
-            windows = [window for example in batches[index] for window in example.windows]
-            return collate(windows, pad_token_id, BatchExamples(task, batches[index]))
+            return collate_examples(batches[index], pad_token_id, BatchExamples(task, batches[index]))
 
         super().__init__(len(batches), get_batch)

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from memtx.data.hf_tokenizers import Encoding, HFTokenizer
-from memtx.data.tasks.base import NO_TARGET, EncodedExample, Logits, PreparedExample, Task, build_inputs
-from memtx.data.tasks.examples import PairExample, TextExample
+from memtx.data.tasks.base import NO_TARGET, EncodedExample, IntArray, Logits, PreparedExample, Task, build_inputs
+from memtx.data.tasks.examples import MultiLabelExample, PairExample, TextExample
 from memtx.errors import DataError
 
 SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
 
-class _SingleLabelTask(Task):
+class SingleLabelTask(Task):
     """Base of tasks with one label an example; the probabilities of the windows of a long example are averaged."""
 
     def get_labels(self, example: Any) -> tuple[str, ...]:
         """Return the label, if there is one."""
         return () if example.label is None else (example.label,)
 
+    def make_target(self, example: Any) -> IntArray:
+        """Return the label's index; raises DataError if it is unknown."""
+        return NO_TARGET if example.label is None else np.array([self.label_to_id(example.label)], dtype=np.int64)
+
     def encode(self, example: Any, encodings: Sequence[Encoding], tokenizer: HFTokenizer) -> list[EncodedExample]:
         """Return ``[CLS] first [SEP]`` or ``[CLS] first [SEP] second [SEP]`` in one or more windows."""
         first, *others = encodings
         second_ids = others[0].ids if others else None
         num_reserved = 2 + sum(len(encoding) + tokenizer.num_pair_separators for encoding in others)
-        target = NO_TARGET if example.label is None else np.array([self.label_to_id(example.label)], dtype=np.int64)
+        target = self.make_target(example)
         return [
             EncodedExample(*build_inputs(tokenizer, first.ids[start:stop], second_ids), 1, start, stop, target)
             for start, stop in self.split_windows(len(first), num_reserved)
@@ -42,16 +46,67 @@ class _SingleLabelTask(Task):
         return {"label": best, "score": scores[best], "scores": scores}
 
 
-class Classification(_SingleLabelTask):
+class Classification(SingleLabelTask):
     """``{"text", "label"}``: one label a text of any length. ``[CLS]`` is global."""
 
     kind = "classification"
-    example_type = TextExample
+    example_type: ClassVar[Any] = TextExample
     text_fields = ("text",)
 
     def from_text(self, text: str) -> TextExample:
         """Return a raw text as an example without a label."""
         return TextExample.parse({"text": text}, False)
+
+
+class MultiLabelClassification(Classification):
+    """``{"text", "labels"}``: any number of labels a text. ``[CLS]`` is global.
+
+    Args:
+        labels: Labels in order. None takes those of the training examples.
+        max_length, stride: As in :class:`~memtx.data.tasks.base.Task`.
+        threshold: Probability from which a label is predicted.
+    """
+
+    kind = "multi_label"
+    example_type = MultiLabelExample
+
+    def __init__(
+        self,
+        labels: Sequence[str] | None = None,
+        max_length: int = 512,
+        stride: int | None = None,
+        threshold: float = 0.5,
+    ) -> None:
+        super().__init__(labels, max_length, stride)
+        if not 0.0 < threshold < 1.0:
+            raise DataError(f"threshold is {threshold}, expected a number between 0 and 1.", "0.5 is common.")
+        self.threshold = threshold
+
+    def from_text(self, text: str) -> Any:
+        """Return a raw text as an example without labels."""
+        return self.parse({"text": text}, False)
+
+    def get_labels(self, example: MultiLabelExample) -> tuple[str, ...]:
+        """Return the labels, if there are any."""
+        return example.labels or ()
+
+    def make_target(self, example: MultiLabelExample) -> IntArray:
+        """Return 1 for each label of the example and 0 for the others; raises DataError if one is unknown."""
+        if example.labels is None:
+            return NO_TARGET
+        target = np.zeros(len(self.labels), dtype=np.int64)
+        target[[self.label_to_id(label) for label in example.labels]] = 1
+        return target
+
+    def postprocess(self, prepared: PreparedExample, logits: Sequence[Logits]) -> dict[str, Any]:
+        """Return ``labels``, those whose probability reaches the threshold, and all probabilities as ``scores``."""
+        probabilities = torch.from_numpy(np.stack(logits)).double().sigmoid().mean(0)
+        scores = {label: round(score, 6) for label, score in zip(self.labels, probabilities.tolist(), strict=True)}
+        return {"labels": [label for label, score in scores.items() if score >= self.threshold], "scores": scores}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the kind and the constructor's arguments as JSON values."""
+        return {**super().to_dict(), "threshold": self.threshold}
 
 
 class TextClassification(Classification):
@@ -109,7 +164,7 @@ class TextClassification(Classification):
         return {**super().to_dict(), "problem_type": self.problem_type}
 
 
-class PairClassification(_SingleLabelTask):
+class PairClassification(SingleLabelTask):
     """``{"text_a", "text_b", "label"}``: the relation of two texts. ``[CLS]`` is global.
 
     In a pair that is too long the first text is split, if there is a stride.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -11,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from memtx.data.batch import FixedBatches, PinnedTransfer, check_options, limit_epochs, rank_and_world_size
 from memtx.data.hf_tokenizers import HFTokenizer, WordPieceTokenizer
-from memtx.data.tasks.base import EncodedExample, PreparedExample, Task, task_to_json
-from memtx.data.tasks.batches import EvaluationBatches, TaskBatch, TrainingBatches, collate
+from memtx.data.tasks.base import PreparedExample, Task, task_to_json
+from memtx.data.tasks.batches import EvaluationBatches, TaskBatch, TrainingBatches, collate, collate_examples
 from memtx.data.tasks.examples import find_split, read_examples, split_path
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import CheckpointError, DataError
@@ -165,7 +166,8 @@ class TaskDataModule(ExampleDataModule[PreparedExample, TaskBatch]):
         task: Task of the examples.
         tokenizer: ``HFTokenizer`` with the path of any ``tokenizer.json``. Defaults to a ``WordPieceTokenizer`` that is
             trained on the training examples.
-        batch_size: Windows of a batch on each device. At least 1.
+        batch_size: Windows of a batch on each device, or examples of a task with several texts an example (choices,
+            query and documents). At least 1.
         eval_batch_size: Windows of a batch in evaluation. None uses ``batch_size``.
         seed: Seed of the order of examples.
     """
@@ -218,10 +220,29 @@ class TaskDataModule(ExampleDataModule[PreparedExample, TaskBatch]):
         super()._fit_to_training_examples()
         self._fit_labels()
 
-    def _training_windows(self) -> list[EncodedExample]:
-        return [window for prepared in self.encoded_examples("train") for window in prepared.windows]
+    def encoded_examples(self, split: str) -> list[PreparedExample]:
+        """Return the encoded examples of a split, read once, and say on stderr what is in none of their windows."""
+        is_new = split not in self._encoded_examples
+        examples = super().encoded_examples(split)
+        if is_new and (losses := self.task.describe_losses(examples)):
+            rank_zero_info(f"memtx: '{split_path(self.root, split)}': {losses}")
+        return examples
+
+    def count_labels(self) -> tuple[list[int], int]:
+        """Return the number of training examples, or words, with each label in order, and of all examples."""
+        examples = self._read_split("train")
+        counts = Counter(label for _, example in examples for label in self.task.get_labels(example))
+        return [counts[label] for label in self.task.labels], len(examples)
+
+    def _training_windows(self) -> list[Any]:
+        examples = self.encoded_examples("train")
+        if self.task.keeps_windows_together:
+            return examples
+        return [window for prepared in examples for window in prepared.windows]
 
     def _collate(self, windows: Sequence[Any]) -> TaskBatch:
+        if self.task.keeps_windows_together:
+            return collate_examples(windows, self.tokenizer.pad_token_id)
         return collate(windows, self.tokenizer.pad_token_id)
 
     def _evaluation_batches(self, split: str) -> EvaluationBatches:

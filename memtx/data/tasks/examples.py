@@ -2,25 +2,33 @@
 
 The fields are those of published datasets: ``{"text", "label"}``, ``{"text_a", "text_b", "label"}``, ``{"tokens",
 "tags"}`` (CoNLL), SQuAD's ``{"id", "title", "context", "question", "answers", "is_impossible"}`` and ``{"text",
-"summary"}``. Further fields are ignored.
+"summary"}``; those of further tasks are in their classes. Further fields are ignored.
 """
 
 from __future__ import annotations
 
 import codecs
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from memtx.data.sources.splits import infer_splits
-from memtx.errors import DataError, closest_match
+from memtx.data.tasks.record_fields import (
+    check_list,
+    get_label,
+    get_text,
+    get_texts,
+    missing_field,
+    parse_record,
+    preview,
+)
+from memtx.data.tasks.turns import format_turns, has_turns, parse_dialogue, parse_turns
+from memtx.errors import DataError
 
 E = TypeVar("E")
 
-MAX_PREVIEW_LENGTH = 60  # characters of a value in a message
 LAYOUT_HINT = "It holds train.jsonl, validation.jsonl and test.jsonl, one JSON object a line."
 
 
@@ -34,7 +42,34 @@ class TextExample:
     @classmethod
     def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
         """Return the example of a record; raises DataError."""
-        return cls(_get_text(record, "text"), _get_label(record, labelled))
+        return cls(get_text(record, "text"), get_label(record, labelled))
+
+
+@dataclass(frozen=True)
+class MultiLabelExample:
+    """A text and any number of labels; ``labels`` is None if they are to be predicted."""
+
+    text: str
+    labels: tuple[str, ...] | None = None
+
+    @classmethod
+    def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
+        """Return the example of a record; raises DataError."""
+        has_labels = labelled or record.get("labels") is not None
+        return cls(get_text(record, "text"), get_texts(record, "labels") if has_labels else None)
+
+
+@dataclass(frozen=True)
+class DialogueExample:
+    """Turns of a dialogue and its label; ``label`` is None if it is to be predicted."""
+
+    turns: tuple[str, ...]  # "role: content", oldest first
+    label: str | None = None
+
+    @classmethod
+    def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
+        """Return the example of a record; raises DataError."""
+        return cls(tuple(map(str, parse_turns(record))), get_label(record, labelled))
 
 
 @dataclass(frozen=True)
@@ -48,7 +83,7 @@ class PairExample:
     @classmethod
     def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
         """Return the example of a record; raises DataError."""
-        return cls(_get_text(record, "text_a"), _get_text(record, "text_b"), _get_label(record, labelled))
+        return cls(get_text(record, "text_a"), get_text(record, "text_b"), get_label(record, labelled))
 
 
 @dataclass(frozen=True)
@@ -63,12 +98,12 @@ class TaggedExample:
     @classmethod
     def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
         """Return the example of a record; raises DataError."""
-        tokens = _get_texts(record, "tokens")
+        tokens = get_texts(record, "tokens")
         if not tokens:
             raise DataError("'tokens' is empty.", "Give at least one, or remove the line.")
         if not labelled and record.get("tags") is None:
             return cls(tokens)
-        tags = _get_texts(record, "tags")
+        tags = get_texts(record, "tags")
         if len(tags) != len(tokens):
             raise DataError(f"There are {len(tokens)} tokens and {len(tags)} tags.", "Give one tag a token.")
         return cls(tokens, tags)
@@ -95,18 +130,18 @@ class QuestionExample:
     @classmethod
     def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
         """Return the example of a record; raises DataError."""
-        context, question = _get_text(record, "context"), _get_text(record, "question")
+        context, question = get_text(record, "context"), get_text(record, "question")
         example_id, title = str(record.get("id", "")), str(record.get("title", ""))
         values = record.get("answers")
         impossible = record.get("is_impossible", False)
         if not isinstance(impossible, bool):
-            raise DataError(f"'is_impossible' is {_preview(impossible)}, expected true or false.", "Correct it.")
+            raise DataError(f"'is_impossible' is {preview(impossible)}, expected true or false.", "Correct it.")
         if values is None and not impossible:
             if labelled:
-                raise _missing_field(record, "answers")
+                raise missing_field(record, "answers")
             return cls(context, question, None, example_id, title)
         answers = tuple(
-            _parse_answer(value, index, context) for index, value in enumerate(_check_list(values or [], "answers"))
+            _parse_answer(value, index, context) for index, value in enumerate(check_list(values or [], "answers"))
         )
         if impossible and answers:
             raise DataError(f"The question is impossible and has {len(answers)} answers.", "Change one of the two.")
@@ -118,16 +153,25 @@ class QuestionExample:
 
 @dataclass(frozen=True)
 class SummaryExample:
-    """A text and its summary; ``summary`` is None if it is to be generated."""
+    """A text and its summary, or a dialogue and its response; ``summary`` is None if it is to be generated."""
 
     text: str
     summary: str | None = None
+    is_dialogue: bool = False
+
+    @property
+    def output_name(self) -> str:
+        """Name of the generated text in a prediction."""
+        return "response" if self.is_dialogue else "summary"
 
     @classmethod
     def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
-        """Return the example of a record; raises DataError."""
-        summary = _get_text(record, "summary") if labelled or record.get("summary") is not None else None
-        return cls(_get_text(record, "text"), summary)
+        """Return the example of a record, a dialogue if it has turns; raises DataError."""
+        if has_turns(record):
+            turns, response = parse_dialogue(record, labelled)
+            return cls(format_turns(turns), response, True)
+        summary = get_text(record, "summary") if labelled or record.get("summary") is not None else None
+        return cls(get_text(record, "text"), summary)
 
 
 @dataclass(frozen=True)
@@ -182,7 +226,7 @@ def read_examples(
 
 
 def iter_examples(
-    file: IO[bytes], name: str, parse: Callable[[Mapping[str, Any], bool], E], *, labelled: bool = True
+    file: Iterable[bytes], name: str, parse: Callable[[Mapping[str, Any], bool], E], *, labelled: bool = True
 ) -> Iterator[tuple[int, E]]:
     """Yield line number (from 1) and example of every line that is not blank; raises as :func:`read_examples`."""
     for number, line in enumerate(file, start=1):
@@ -190,7 +234,7 @@ def iter_examples(
             continue
         try:
             record = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            yield number, parse(_parse_record(record), labelled)
+            yield number, parse(parse_record(record), labelled)
         except DataError as error:
             raise DataError(f"'{name}', line {number}: {error.message}", error.hint) from error
 
@@ -223,79 +267,19 @@ def find_split(root: str | None, split: str) -> Path | None:
     return matches[0] if matches else None
 
 
-def _parse_record(line: bytes) -> Mapping[str, Any]:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"Not UTF-8: {error.reason} at byte {error.start}.", "Save the file as UTF-8.") from error
-    except (ValueError, RecursionError) as error:
-        reason = str(error)
-        if isinstance(error, json.JSONDecodeError):
-            reason = f"{error.msg} at character {error.pos + 1}"
-        raise DataError(f"Not JSON: {reason}.", "Give one whole JSON object a line.") from error
-    if not isinstance(record, dict):
-        raise DataError(f"A {type(record).__name__}, expected a JSON object.", "Give one object a line.")
-    return record
-
-
-def _preview(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= MAX_PREVIEW_LENGTH else text[: MAX_PREVIEW_LENGTH - 4] + " ..."
-
-
-def _missing_field(record: Mapping[str, Any], name: str) -> DataError:
-    return DataError(
-        f"There is no '{name}'.{closest_match(name, map(str, record))}", f"The fields are {_preview(list(record))}."
-    )
-
-
-def _get_text(record: Mapping[str, Any], name: str) -> str:
-    if name not in record:
-        raise _missing_field(record, name)
-    value = record[name]
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"'{name}' is {_preview(value)}, expected a text.", "Give a text that is not empty.")
-    return value
-
-
-def _get_label(record: Mapping[str, Any], labelled: bool) -> str | None:
-    value = record.get("label")
-    if not labelled and value is None:
-        return None
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    return _get_text(record, "label")
-
-
-def _check_list(value: Any, name: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise DataError(f"'{name}' is {_preview(value)}, expected a list.", "Write it in brackets.")
-    return value
-
-
-def _get_texts(record: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    if name not in record:
-        raise _missing_field(record, name)
-    values = _check_list(record[name], name)
-    for index, value in enumerate(values):
-        if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{name}[{index}] is {_preview(value)}, expected a text.", "Change or remove it.")
-    return tuple(values)
-
-
 def _parse_answer(value: Any, index: int, context: str) -> Answer:
     if not isinstance(value, dict) or not isinstance(value.get("text"), str) or not value["text"]:
-        raise DataError(f"answers[{index}] is {_preview(value)}, expected text and answer_start.", "Correct it.")
+        raise DataError(f"answers[{index}] is {preview(value)}, expected text and answer_start.", "Correct it.")
     text, start = value["text"], value.get("answer_start")
     if not isinstance(start, int) or isinstance(start, bool):
-        raise DataError(f"answers[{index}] has answer_start {_preview(start)}, expected a number.", "Correct it.")
+        raise DataError(f"answers[{index}] has answer_start {preview(start)}, expected a number.", "Correct it.")
     if start < 0 or start + len(text) > len(context):
         raise DataError(
-            f"answers[{index}] lies outside its context: {_preview(text)} at {start} to {start + len(text)}, the "
+            f"answers[{index}] lies outside its context: {preview(text)} at {start} to {start + len(text)}, the "
             f"context has {len(context)} characters.",
             "answer_start counts characters from 0.",
         )
     if (actual := context[start : start + len(text)]) != text:
-        message = f"answers[{index}] is {_preview(text)}, the context has {_preview(actual)} at {start}."
+        message = f"answers[{index}] is {preview(text)}, the context has {preview(actual)} at {start}."
         raise DataError(message, "answer_start counts characters (not bytes) from 0.")
     return Answer(text, start)

@@ -106,13 +106,15 @@ class Tagging(Task):
         return windows
 
     def postprocess(self, prepared: PreparedExample, logits: Sequence[Logits]) -> dict[str, Any]:
-        """Return ``tokens``, their ``tags`` and the resulting ``spans``: ``type``, ``start``, ``end``, ``text``.
+        """Return ``tokens``, ``tags``, ``scores`` and ``spans`` (``type``, ``start``, ``end``, ``text``, ``score``).
 
-        Start and end count words, or characters if the words come from a raw text.
+        Start and end count words, or characters if the words come from a raw text. Scores are probabilities, 0 for a
+        word without tokens; that of a span is the mean over its words.
         """
         example: TaggedExample = prepared.example
         windows = prepared.windows
-        tags = []
+        tags: list[str] = []
+        scores: list[float] = []
         for token in self._first_tokens(example, prepared.encodings[0]):
             # Of the windows with a word, take the one with the most context on both sides of it.
             candidates = [
@@ -122,18 +124,21 @@ class Tagging(Task):
             ]
             if token is None or not candidates:
                 tags.append("O" if "O" in self.labels else self.labels[0])
+                scores.append(0.0)
                 continue
             index = max(candidates)[1]
             position = windows[index].input_start + token - windows[index].text_start
             tags.append(self.labels[int(logits[index][position].argmax())])
+            values = logits[index][position].astype(np.float64)
+            scores.append(round(float(1 / np.exp(values - values.max()).sum()), 6))
         spans = []
         for span_type, start, stop in extract_spans(tags):
             span = {"type": span_type, "start": start, "end": stop, "text": " ".join(example.tokens[start:stop])}
             if example.word_spans is not None:
                 first, last = example.word_spans[start][0], example.word_spans[stop - 1][1]
                 span |= {"start": first, "end": last, "text": example.text[first:last]}
-            spans.append(span)
-        return {"tokens": list(example.tokens), "tags": tags, "spans": spans}
+            spans.append(span | {"score": round(sum(scores[start:stop]) / (stop - start), 6)})
+        return {"tokens": list(example.tokens), "tags": tags, "scores": scores, "spans": spans}
 
 
 class TokenClassification(Tagging):

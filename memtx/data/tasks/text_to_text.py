@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from memtx.data.batch import IGNORE_INDEX, FixedBatches
 from memtx.data.hf_tokenizers import HFTokenizer, WordPieceTokenizer
-from memtx.data.tasks.base import IntArray, build_inputs
+from memtx.data.tasks.base import IntArray, build_inputs, keep_newest
 from memtx.data.tasks.data_module import ExampleDataModule
 from memtx.data.tasks.examples import SummaryExample, read_examples, split_path
 from memtx.errors import DataError
@@ -58,7 +58,7 @@ class TextToTextDataModule(ExampleDataModule[EncodedPair, TextToTextBatch]):
             trained on the training examples.
         max_length: Maximum tokens of a text, with special tokens. A longer text is an error unless ``truncate``.
         max_target_length: Maximum tokens of a summary, with special tokens.
-        truncate: If True, longer texts and summaries are cut at their ends.
+        truncate: If True, longer texts and summaries are cut at their ends, and longer dialogues at their beginnings.
         batch_size: Examples of a batch on each device. At least 1.
         seed: Seed of the order of examples.
     """
@@ -85,20 +85,20 @@ class TextToTextDataModule(ExampleDataModule[EncodedPair, TextToTextBatch]):
     def _get_texts(self, example: SummaryExample) -> tuple[str, str]:
         return example.text, example.summary or ""
 
-    def _encode(self, text: str, name: str, option: str, limit: int) -> IntArray:
+    def _encode(self, text: str, name: str, option: str, limit: int, from_end: bool = False) -> IntArray:
         (encoding,) = self.tokenizer.encode_with_offsets([text])
         ids, *_ = build_inputs(self.tokenizer, encoding.ids)
         if len(ids) > limit:
             if not self.truncate:
                 message = f"The {name} has {len(ids)} tokens, {option} is {limit}."
                 raise DataError(message, f"Raise --data.{option}, or set --data.truncate true to cut it.")
-            ids = np.concatenate([ids[: limit - 1], ids[-1:]])
+            ids = keep_newest(ids, limit) if from_end else np.concatenate([ids[: limit - 1], ids[-1:]])
         return ids
 
     def _encode_example(self, example: SummaryExample) -> EncodedPair:
         assert example.summary is not None
         return EncodedPair(
-            self._encode(example.text, "text", "max_length", self.max_length),
+            self._encode(example.text, "text", "max_length", self.max_length, example.is_dialogue),
             self._encode(example.summary, "summary", "max_target_length", self.max_target_length),
             example.summary,
         )

@@ -85,7 +85,7 @@ def attend(
     has_random = pattern is not None and pattern.random_blocks is not None
     has_global = pattern is not None and pattern.global_queries is not None
     on_cpu = q.device.type == "cpu"
-    unfused = bias_requires_grad(bias) or dropout > 0.0
+    unfused = bias_requires_grad(bias) or dropout > 0.0 or torch.compiler.is_exporting()
     # The CPU kernel computes random blocks with the bands; otherwise they are merged by log-sum-exp.
     gather = has_random and bias is None and not unfused and on_cpu
     out: Tensor

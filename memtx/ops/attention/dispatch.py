@@ -91,6 +91,8 @@ def segment_attention(
     else:
         _check_backend(backend, q, k, v, visibility, bias, dropout)
         name, reason = backend, "requested"
+    if torch.compiler.is_exporting():
+        name = "reference" if name == "reference" else "banded"  # the others are kernels, which no program can hold
     if not torch.compiler.is_compiling():  # A log line would split the compiled graph.
         _log_backend(name, q.device.type, reason)
         if (hook := _HOOK.get()) is not None:

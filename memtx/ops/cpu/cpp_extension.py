@@ -21,6 +21,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from memtx import files
 from memtx.errors import MemtxError
 from memtx.ops.cpu import cpu_info
@@ -73,6 +75,11 @@ def load_library(source: Path) -> ctypes.CDLL | None:
         reason = (getattr(error, "stderr", None) or str(error)).strip()
         log.info("%s is not compiled: %s", source.name, reason.splitlines()[0] if reason else error)
         return None
+
+
+def is_available(source: Path) -> bool:
+    """Return True if a source can be loaded; False while a program is exported, which holds operators of torch only."""
+    return not torch.compiler.is_exporting() and load_library(source) is not None
 
 
 def call(source: Path, name: str, *arguments: Any) -> None:

@@ -27,7 +27,7 @@ WIDTH_MULTIPLE = 16
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_available() -> bool:
     """Return True if the kernel runs on this machine; the first call compiles it if needed."""
-    return cpp_extension.load_library(SOURCE_PATH) is not None
+    return cpp_extension.is_available(SOURCE_PATH)
 
 
 def _call_kernel(name: str, tensors: tuple[Tensor | None, ...], strided: tuple[Tensor, ...], *sizes: int) -> None:

@@ -6,7 +6,6 @@ and the backward pass computes them again. Under ``torch.compile`` the compiler 
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,9 @@ MIN_NUMBERS = 1 << 16
 """Minimum size of an input; below it, call overhead dominates."""
 
 
-@cache
 def is_available() -> bool:
     """Return True if the kernel runs on this machine; the first call compiles it if needed."""
-    return cpp_extension.load_library(SOURCE_PATH) is not None
+    return cpp_extension.is_available(SOURCE_PATH)
 
 
 def _is_fused(*tensors: Tensor) -> bool:

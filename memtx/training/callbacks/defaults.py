@@ -10,9 +10,11 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelSummary, ProgressBar
 from lightning.pytorch.utilities.model_summary.model_summary import _format_summary_table
 
+from memtx.training import trackers
 from memtx.training.callbacks.interrupt import StopOnInterrupt
 from memtx.training.callbacks.memory_monitor import ClosedGateMonitor, MemoryNormMonitor, UnusedMemoryWarning
 from memtx.training.callbacks.oom import OutOfMemoryHint
+from memtx.training.callbacks.pictures import ValidationPictures
 from memtx.training.callbacks.progress import PlainProgress, StepProgressBar, count_steps_only
 from memtx.training.callbacks.skip_nonfinite import SkipNonFinite
 from memtx.training.callbacks.throughput import Throughput
@@ -37,8 +39,12 @@ def adapt_options(options: dict[str, Any], best_checkpoint: Sequence[pl.Callback
         return {**options, **dict.fromkeys(BAREBONES_OPTIONS), "callbacks": user_callbacks}
     callbacks: list[pl.Callback] = [Throughput(), UnusedMemoryWarning(), ClosedGateMonitor(), StopOnInterrupt()]
     callbacks += [SkipNonFinite(), MemoryNormMonitor(), OutOfMemoryHint()]
-    if options.get("logger"):
+    if loggers := options.get("logger"):
         callbacks.append(LearningRateMonitor("step"))
+        loggers = loggers if isinstance(loggers, list) else [loggers]
+        if any(map(trackers.takes_pictures, loggers)):
+            # A tracker that the user chose gets all; drawing would slow down short runs.
+            callbacks.append(ValidationPictures(100 if trackers.is_default(loggers) else 1))
     if options.get("enable_checkpointing") is not False:
         callbacks += best_checkpoint
     if options.get("enable_model_summary") is not False and not _has(user_callbacks, ModelSummary):

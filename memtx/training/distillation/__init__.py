@@ -2,13 +2,14 @@
 
 from memtx.training.distillation.distillation import Distillation, SelfDistillation
 from memtx.training.distillation.layer_losses import AttentionMSE, HiddenCosine, HiddenMSE, ValueRelations
-from memtx.training.distillation.layer_map import EveryKthLayer, ExplicitLayers, LastLayer, NoLayers
+from memtx.training.distillation.layer_map import EvenlySpacedLayers, EveryKthLayer, ExplicitLayers, LastLayer, NoLayers
 from memtx.training.distillation.losses import EmbeddingMSE, HardLabels, SoftTargets
 
 __all__ = [
     "AttentionMSE",
     "Distillation",
     "EmbeddingMSE",
+    "EvenlySpacedLayers",
     "EveryKthLayer",
     "ExplicitLayers",
     "HardLabels",

@@ -19,6 +19,7 @@ from memtx.data.books import BookDataModule
 from memtx.errors import MemtxError
 from memtx.memory.base import Losses
 from memtx.models.memory_transformer import MemoryTransformer
+from memtx.ops.cpu.cpu_info import is_bf16_slow
 from memtx.training.distillation.layer_map import LayerMap
 from memtx.training.distillation.losses import DistillationLoss, HardLabels, SoftTargets
 from memtx.training.distillation.model_outputs import ModelDims, ModelOutputs
@@ -81,14 +82,16 @@ class Distillation(nn.Module):
                 "distillation.teacher is not set.",
                 "Add --model.distillation.init_args.teacher with a run folder, a checkpoint or a pretrained folder.",
             )
-        teacher = load_teacher(self.teacher_path, bf16=self.bf16)
+        teacher = load_teacher(self.teacher_path)
         check_teacher(teacher, student, datamodule)
         self._teacher = [teacher.model]
         self._create_losses(ModelDims.from_model(student), ModelDims.from_model(teacher.model))
-        if self.cache_dir is not None:
-            self._open_cache(self.cache_dir, teacher.model, datamodule)
         if self.student_init is not None:
             init_student(student, teacher.model, self.student_init)
+        if self.bf16 and not is_bf16_slow():
+            teacher.model.to(torch.bfloat16)  # after the student took its weights
+        if self.cache_dir is not None:
+            self._open_cache(self.cache_dir, teacher.model, datamodule)
 
     def _create_losses(self, student: ModelDims, teacher: ModelDims) -> None:
         if not self.loss_factories:

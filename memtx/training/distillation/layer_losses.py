@@ -21,7 +21,7 @@ QUERY_CHUNK_SIZE = 128
 
 
 class LayerwiseLoss(DistillationLoss):
-    """Mean loss over pairs of layers.
+    """Sum of the losses of pairs of layers, each with weight 1 (TinyBERT, Jiao et al. 2020, section 3, eq. 11).
 
     Args:
         student: Dimensions of the student.
@@ -55,9 +55,9 @@ class LayerwiseLoss(DistillationLoss):
         """Return the loss of a (student layer, teacher layer) pair, ``()``."""
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs) -> Tensor:
-        """Return the mean over pairs of layers."""
+        """Return the sum over pairs of layers."""
         losses = [self.compare_layers(student, teacher, layers) for layers in self.layer_pairs]
-        return torch.stack(losses).mean()
+        return torch.stack(losses).sum()
 
 
 def check_heads(student: ModelDims, teacher: ModelDims, layer_pairs: Sequence[tuple[int, int]]) -> None:

@@ -34,6 +34,24 @@ class EveryKthLayer(LayerMap):
         return [(layer, k * layer + k - 1) for layer in range(student_depth)]
 
 
+class EvenlySpacedLayers(LayerMap):
+    """Pairs that spread over the teacher from its first layer to its last, as DistilBERT begins (Sanh et al. 2019).
+
+    Six layers of a student stand for layers 0, 2, 4, 7, 9 and 11 of twelve, those of the published checkpoints.
+    """
+
+    def pairs(self, student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
+        """Return one pair per student layer."""
+        if student_depth > teacher_depth:
+            raise MemtxError(
+                f"The student has {student_depth} layers, the teacher {teacher_depth}.",
+                "Choose a depth of at most the teacher's, or list the pairs with ExplicitLayers.",
+            )
+        gaps = max(1, student_depth - 1)
+        # Rounded in integers, halves upwards.
+        return [(layer, (2 * layer * (teacher_depth - 1) + gaps) // (2 * gaps)) for layer in range(student_depth)]
+
+
 class ExplicitLayers(LayerMap):
     """Pairs listed by the user.
 

@@ -104,13 +104,15 @@ class HardLabels(DistillationLoss):
 class SoftTargets(DistillationLoss):
     """Divergence of the student's distribution from the teacher's (Hinton et al. 2015, section 2).
 
-    T^2 KL(softmax(teacher / T) || softmax(student / T)) in nats, averaged over scored positions. Logits are computed in
-    chunks that the backward pass recomputes, so that those of a whole vocabulary are never stored. If only the
-    teacher's top-k logits are known, its distribution is over these classes. Other arguments are those of
-    :class:`DistillationLoss`.
+    T^2 KL(softmax(teacher / T) || softmax(student / T)) in nats, averaged over scored positions; in masked language
+    modeling over all tokens, masked or not (DistilBERT, Sanh et al. 2019). Logits are computed in chunks that the
+    backward pass recomputes, so that those of a whole vocabulary are never stored. If only the teacher's top-k logits
+    are known, its distribution is over these classes; ids that only the teacher's vocabulary has are left out. Other
+    arguments are those of :class:`DistillationLoss`.
 
     Args:
         temperature: T, above 0. Defaults to 2.0.
+        masked_only: If True, compare masked language models at masked tokens only. Defaults to False.
 
     Raises:
         MemtxError: A number is out of range, a model has no logits, or the models have different numbers of classes.
@@ -118,10 +120,17 @@ class SoftTargets(DistillationLoss):
 
     required_outputs = "scores"
 
-    def __init__(self, student: ModelDims, teacher: ModelDims, temperature: float = 2.0, **options: float) -> None:
+    def __init__(
+        self,
+        student: ModelDims,
+        teacher: ModelDims,
+        temperature: float = 2.0,
+        masked_only: bool = False,
+        **options: float,
+    ) -> None:
         super().__init__(student, teacher, **options)
         check_positive(temperature=temperature)
-        self.temperature = temperature
+        self.temperature, self.masked_only = temperature, masked_only
 
     def check_dims(self, student: ModelDims, teacher: ModelDims) -> None:
         """Raise MemtxError unless both models have equally many classes."""
@@ -130,7 +139,9 @@ class SoftTargets(DistillationLoss):
                 f"SoftTargets needs a teacher with logits, but this {teacher.name} has no head for the task.",
                 "Fine-tune it first and use that run, or remove SoftTargets.",
             )
-        if student.num_classes != teacher.num_classes:
+        # A published vocabulary may be padded beyond its tokenizer's ids, and so beyond the student's.
+        has_padding = teacher.classes_are_tokens and teacher.num_classes > student.num_classes
+        if student.num_classes != teacher.num_classes and not (student.classes_are_tokens and has_padding):
             raise MemtxError(
                 f"The student has {student.num_classes} classes, the teacher {teacher.num_classes}.",
                 "Use the same vocabulary or labels for both, such as the tokenizer the teacher was trained with.",
@@ -146,18 +157,23 @@ class SoftTargets(DistillationLoss):
             log_probs = F.log_softmax(upcast(logits) / self.temperature, dim=-1)
             with torch.no_grad():
                 teacher_logits = teacher_chunk if teacher.head is None else teacher.head(teacher_chunk)
+                if classes is None:
+                    teacher_logits = teacher_logits[:, : logits.shape[-1]]
                 target = F.softmax(upcast(teacher_logits) / self.temperature, dim=-1)
             if classes is not None:
                 log_probs = log_probs.gather(-1, classes)
             # 0 log 0 = 0, for the padding of the top k.
             return (torch.xlogy(target, target) - torch.where(target > 0, target * log_probs, 0.0)).sum()
 
-        count = len(student.features)
-        total = upcast(student.features).sum() * 0.0
+        features = (student.features, teacher.features)
+        if self.masked_only and student.masked is not None:
+            features = (features[0][student.masked], features[1][student.masked])
+        count = len(features[0])
+        total = upcast(features[0]).sum() * 0.0
         for start in range(0, count, CHUNK_SIZE):
             part = slice(start, start + CHUNK_SIZE)
             classes = None if teacher.class_indices is None else teacher.class_indices[part]
-            chunks = (student.features[part], teacher.features[part], classes)
+            chunks = (features[0][part], features[1][part], classes)
             if student.head is None:
                 total = total + divergence(*chunks)
             else:

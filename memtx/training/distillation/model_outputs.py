@@ -43,6 +43,7 @@ class ModelDims:
         num_classes: Logits per position or text; 0 without a head for the training objective.
         has_attention_maps: If True, visibility depends on the distance between two tokens alone, so that attention
             scores can be compared.
+        classes_are_tokens: If True, the classes are all tokens of a masked language model.
     """
 
     name: str
@@ -52,6 +53,7 @@ class ModelDims:
     value_dims: tuple[int, ...]
     num_classes: int
     has_attention_maps: bool
+    classes_are_tokens: bool = False
 
     @classmethod
     def from_model(cls, model: nn.Module) -> Self:
@@ -69,6 +71,7 @@ class ModelDims:
                 (backbone.dim,) * backbone.depth,
                 model.num_labels if isinstance(model, TaskModel) else backbone.vocab_size * (backbone.head is not None),
                 has_attention_maps=all(attention.within_window(distance) is not None for attention in attentions),
+                classes_are_tokens=not isinstance(model, TaskModel) and backbone.head is not None,
             )
         if isinstance(model, TaskModel):
             return cls(name, model.backbone.dim, 0, (), (), model.num_labels, has_attention_maps=False)
@@ -88,6 +91,7 @@ class ModelOutputs:
     Attributes:
         features: Features ``(n, width)`` of each scored position or text; logits if ``head`` is None.
         head: Computes logits ``(m, classes)`` from features ``(m, width)``.
+        masked: ``(n,)`` bool, True for the features of masked tokens; None if no tokens are masked.
         class_indices: Class of each logit, ``(n, width)`` int64, if the features are logits of some classes only; a
             logit of minus infinity is padding.
         hidden_states: Outputs of the embeddings and of every layer, each ``(batch, length, dim)``.
@@ -100,6 +104,7 @@ class ModelOutputs:
 
     features: Tensor | None
     head: Callable[[Tensor], Tensor] | None = None
+    masked: Tensor | None = None
     class_indices: Tensor | None = None
     hidden_states: tuple[Tensor, ...] = ()
     blocks: Sequence[Any] = ()
@@ -192,10 +197,20 @@ def forward_task(
     )
 
 
-def forward_masked_lm(model: Encoder, tokens: Tensor, scored: Tensor, *, output_hidden_states: bool) -> ModelOutputs:
-    """Read ``(batch, length)`` int64 tokens; ``scored``, ``(batch, length)`` bool, is True where they are masked."""
-    output = model(tokens, logits_mask=scored, output_hidden_states=output_hidden_states)
-    return ModelOutputs(output.logits, hidden_states=output.hidden_states or (), blocks=get_blocks(model))
+def forward_masked_lm(model: Encoder, tokens: Tensor, masked: Tensor, *, output_hidden_states: bool) -> ModelOutputs:
+    """Read ``(batch, length)`` int64 tokens; ``masked``, ``(batch, length)`` bool, is True for those to predict.
+
+    The features are those of all tokens.
+    """
+    # No logits here: a loss computes those that it compares, in chunks.
+    output = model(tokens, logits_mask=torch.zeros_like(masked), output_hidden_states=output_hidden_states)
+    return ModelOutputs(
+        output.last_hidden_state.flatten(0, 1) if model.head is not None else None,
+        model.predict_tokens,
+        masked.flatten(),
+        hidden_states=output.hidden_states or (),
+        blocks=get_blocks(model),
+    )
 
 
 def get_output_head(model: MemoryTransformer) -> Callable[[Tensor], Tensor]:

@@ -1,6 +1,6 @@
 """Initialization of a student from its teacher: embeddings, heads, and some of the layers.
 
-DistilBERT (Sanh et al. 2019, section 3) takes every second layer.
+DistilBERT (Sanh et al. 2019, section 3) takes half of the layers, from the first to the last.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.distillation.layer_map import LayerMap, NoLayers
 from memtx.training.distillation.model_outputs import ModelDims, get_backbone
 
+_TOKEN_NAMES = ("embedding.word_embeddings.weight", "head.weight", "head.bias")
+"""Weights of an encoder with an entry for each token."""
 _LAYER_NAME = re.compile(r"^((?:backbone\.)?blocks\.)(\d+)(\..+)$")
 
 
@@ -73,6 +75,8 @@ def _copy_weights(student: nn.Module, teacher: nn.Module, teacher_layers: Mappin
     errors = [f"the student has no {name}" for name in sorted(sources.keys() - targets) if _LAYER_NAME.match(name)]
     for name, target in targets.items():
         match, source = _LAYER_NAME.match(name), sources.get(name)
+        if source is not None and name.removeprefix("backbone.") in _TOKEN_NAMES:
+            source = source[: len(target)]  # without the padding of a published vocabulary
         if source is None:
             errors += [f"the teacher has no {name}"] if match is not None and int(match[2]) in teacher_layers else []
         elif source.shape != target.shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memtx.data.batch import IGNORE_INDEX, Batch
+from memtx.data.episodes import EpisodeBatches
 from memtx.data.synthetic_tasks.base import SyntheticTask
 from memtx.data.synthetic_tasks.copying import SelectiveCopying
-from memtx.data.synthetic_tasks.data_module import SyntheticBatches, SyntheticDataModule, sample_batch
+from memtx.data.synthetic_tasks.data_module import SyntheticDataModule
 from memtx.data.synthetic_tasks.recall import AssociativeRecall, Overwrite
 from memtx.data.synthetic_tasks.tracking import StateTracking
 from memtx.errors import CheckpointError, DataError
@@ -27,7 +29,7 @@ def equal(first: Batch, second: Batch) -> bool:
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: type(task).__name__)
 def test_a_batch_is_whole_episodes(task: SyntheticTask) -> None:
     segments = task.num_write_segments + 2
-    batch = sample_batch(task, 3, segments, (0, 0))
+    batch = SyntheticDataModule(task, num_segments=segments).sample_batch(3, segments, (0, 0))
     assert (
         batch.tokens.shape == batch.labels.shape == batch.document_starts.shape == (3, segments * task.segment_length)
     )
@@ -45,10 +47,11 @@ def test_a_batch_is_whole_episodes(task: SyntheticTask) -> None:
 @given(st.integers(0, 99), st.integers(0, 11), st.integers(0, 3))
 def test_a_batch_depends_on_seed_and_position_alone(seed: int, position: int, rank: int) -> None:
     task = AssociativeRecall(segment_length=8, num_pairs=2)
-    through = SyntheticBatches(task, 2, 3, seed, 4, rank)
+    module = SyntheticDataModule(task, 2, 3, seed, 4)
+    through = EpisodeBatches(module, rank)
     batches = [batch for _ in range(4) for batch in through]
     assert len(batches) == through.position == 4 * len(through)
-    later = SyntheticBatches(task, 2, 3, seed, 4, rank)
+    later = EpisodeBatches(module, rank)
     later.position = position
     rest = list(itertools.islice(later, 4))
     assert len(rest) == 4 - position % 4
@@ -60,7 +63,7 @@ def test_all_batches_differ() -> None:
     module = SyntheticDataModule(task, batch_size=2, steps_per_epoch=3, eval_steps=2)
     batches = [*module.train_dataloader(), *module.val_dataloader(), *module.test_dataloader()]
     batches += [
-        *SyntheticBatches(task, 2, 4, 0, 3, rank=1),
+        *EpisodeBatches(module, rank=1),
         *SyntheticDataModule(task, batch_size=2, steps_per_epoch=3, seed=1).val_dataloader(),
     ]
     assert not any(equal(*pair) for pair in itertools.combinations(batches, 2))
@@ -120,3 +123,45 @@ def test_another_fit_begins_at_the_start_and_a_validation_leaves_the_position() 
     module.setup("fit")
     assert module.state_dict()["position"] == 0
     assert all(equal(*pair) for pair in zip(module.train_dataloader(), (first, second, third), strict=False))
+
+
+def test_a_curriculum_changes_the_length_of_episodes_and_resumes() -> None:
+    task = AssociativeRecall(segment_length=8, num_pairs=2)
+    options: dict[str, Any] = {"batch_size": 2, "num_segments": {4: 5, 0: 2, 2: 3}, "steps_per_epoch": 6}
+    module = SyntheticDataModule(task, **options)
+    batches = list(module.train_dataloader())
+    assert [batch.tokens.shape[1] // 8 for batch in batches] == [2, 2, 3, 3, 5, 5]
+    # Validation has the last length, and a batch is the one of a run without a curriculum.
+    assert next(iter(module.val_dataloader())).tokens.shape[1] == 5 * 8
+    constant = SyntheticDataModule(task, batch_size=2, num_segments=3, steps_per_epoch=6)
+    assert equal(list(constant.train_dataloader())[2], batches[2])
+    resumed = SyntheticDataModule(task, **options)
+    resumed.load_state_dict({**module.state_dict(), "position": 3})
+    assert all(equal(*pair) for pair in zip(resumed.train_dataloader(), batches[3:], strict=True))
+    with pytest.raises(CheckpointError, match="num_segments"):
+        constant.load_state_dict(module.state_dict())
+
+
+def test_shorter_episodes_are_mixed_in_equally_on_every_rank() -> None:
+    task = AssociativeRecall(segment_length=8, num_pairs=2)
+    options: dict[str, Any] = {"batch_size": 1, "num_segments": {0: 2, 40: 6}, "steps_per_epoch": 400}
+    module = SyntheticDataModule(task, **options, shorter_episodes=0.5)
+    lengths = [batch.tokens.shape[1] // 8 for batch in EpisodeBatches(module)]
+    assert set(lengths[:40]) == {2}
+    # Half of 360 batches have one of 5 lengths each: 36 of a length and 216 of the last are expected; 5 deviations.
+    for length in range(2, 6):
+        assert 36 - 29 < lengths[40:].count(length) < 36 + 29
+    assert 216 - 46 < lengths.count(6) < 216 + 46
+    assert [batch.tokens.shape[1] // 8 for batch in EpisodeBatches(module, rank=3)] == lengths
+
+
+def test_a_curriculum_out_of_range_is_rejected() -> None:
+    for curriculum, message in (
+        ({1: 3}, "num_segments begins at batch 1, expected 0"),
+        ({}, "num_segments begins at batch None"),
+        ({0: 3, 5: 1}, "num_segments is 1, expected at least 2"),
+    ):
+        with pytest.raises(DataError, match=message):
+            SyntheticDataModule(AssociativeRecall(), num_segments=curriculum)
+    with pytest.raises(DataError, match=r"shorter_episodes is 1\.5, expected 0 to 1"):
+        SyntheticDataModule(AssociativeRecall(), shorter_episodes=1.5)

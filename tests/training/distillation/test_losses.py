@@ -146,7 +146,8 @@ def test_losses_of_hidden_states(dim: int, kind: str) -> None:
             else:
                 distances.append(sum((a - b) ** 2 for a, b in zip(x, y, strict=True)) / len(y))
         means.append(sum(distances) / len(distances))
-    assert loss_value == pytest.approx(sum(means) / len(means), **CLOSE)
+    # TinyBERT's equation 11: layers are summed, each with weight 1.
+    assert loss_value == pytest.approx(sum(means), **CLOSE)
 
 
 def by_heads(model: Encoder, outputs: ModelOutputs, layer: int, part: str, heads: int) -> list[Any]:
@@ -281,7 +282,7 @@ def test_mismatched_dimensions_are_rejected_with_a_hint(make: Any, teacher: dict
 
 def test_dims_match_the_model() -> None:
     dims = ModelDims.from_model(encoder(8, 2, 4))
-    assert dims == ModelDims("Encoder", 8, 2, (4, 4), (8, 8), VOCAB, has_attention_maps=True)
+    assert dims == ModelDims("Encoder", 8, 2, (4, 4), (8, 8), VOCAB, has_attention_maps=True, classes_are_tokens=True)
     assert not ModelDims.from_model(encoder(8, 2, 4, partial(BigBirdAttention, block_size=4))).has_attention_maps
     assert not ModelDims.from_model(
         encoder(8, 2, 4, partial(LongformerAttention, window=4, num_random_tokens=1))

@@ -1,0 +1,162 @@
+"""Configs "as published" have the hyperparameters of their papers, each with its place there.
+
+A config is one if its first line says so. Its head names the figure to reach, hardware and duration, and differences.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import memtx
+from memtx import class_config
+
+CONFIGS = Path(memtx.__file__).parent.parent / "configs"
+HEADS = {path.stem: path.read_text().partition("seed_everything")[0] for path in sorted(CONFIGS.glob("*.yaml"))}
+PUBLISHED = [name for name, head in HEADS.items() if "as published" in head.splitlines()[0]]
+
+# Options by their path in the YAML file, without init_args: value, and where it is published. "streams" is the number
+# of streams on all devices, "parameters" the published number in millions.
+XL = "Dai et al. 2019"
+Row = tuple[Any, str]
+
+
+def script(name: str, **options: Any) -> dict[str, Row]:
+    """Return options of a script of the original code, as the paper's appendix refers to it."""
+    return {path.replace("__", "."): (value, f"kimiyoung/transformer-xl, {name}") for path, value in options.items()}
+
+
+WORDS = {
+    "data.tokenizer.vocab_size": (267735, "WikiText-103's words and <eos>; tf/data_utils.py"),
+    "model.model.cutoffs": ([20000, 40000, 200000], "pytorch/train.py, cutoffs of wt103"),
+}
+ADAM: dict[str, Row] = {
+    "model.optimizer.class_path": ("torch.optim.Adam", "scripts, --optim adam"),
+    "model.optimizer.lr": (2.5e-4, "scripts, --lr"),
+    "model.scheduler.class_path": ("memtx.training.optimizers.WarmupCosine", "train.py, --scheduler"),
+    "model.scheduler.min_lr_ratio": (0.0, "train.py, --eta_min"),
+    "trainer.gradient_clip_val": (0.25, "train.py, --clip"),
+    "model.model.class_path": ("memtx.TransformerXL", XL),
+    "data.bptt_segments": (1, f"{XL}, section 3.2: no gradient between segments"),
+}
+LARGE_CHARACTERS = script(
+    "tf/scripts/enwik8_large_tpu.sh", model__model__dim=1024, model__model__depth=24, model__model__heads=8,
+    model__model__head_dim=128, model__model__hidden_dim=3072, model__model__dropout=0.15,
+    model__model__attention_dropout=0.15, model__model__memory_length=768, data__segment_length=768, streams=64,
+    model__scheduler__warmup_steps=4000, trainer__max_steps=400000, model__model__share_biases=True,
+    test__segment_length=128, test__eval_memory=3800, test__clamp=1000,
+)  # fmt: skip
+_LOCAL, _LSH = (
+    {"class_path": f"memtx.layers.reformer.{name}",
+     "init_args": {"head_dim": 64, "num_chunks_before": 1, "dropout": 0.2, **options}}
+    for name, options in (
+        ("LocalAttention", {"chunk_length": 128}),
+        ("LSHAttention", {"chunk_length": 256, "num_hashes": 2, "num_buckets": 512}),
+    )
+)  # fmt: skip
+REFORMER_LAYERS = [_LOCAL, _LOCAL, _LSH, _LOCAL]
+TABLE: dict[str, dict[str, Row]] = {
+    "transformer-xl-wt103": ADAM | WORDS | script(
+        "pytorch/run_wt103_base.sh", model__model__dim=410, model__model__depth=16, model__model__heads=10,
+        model__model__head_dim=41, model__model__hidden_dim=2100, model__model__dropout=0.1,
+        model__model__attention_dropout=0.0, model__model__memory_length=150, data__segment_length=150, streams=60,
+        model__scheduler__warmup_steps=0, trainer__max_steps=200000, model__model__div_value=1,
+        model__model__share_biases=True, test__segment_length=64, test__eval_memory=640, test__clamp=400,
+    ) | {"parameters": (151, f"{XL}, table 1"), "target": ("24.0", f"{XL}, table 1")},
+    "transformer-xl-wt103-large": ADAM | WORDS | script(
+        "tf/scripts/wt103_large_tpu.sh", model__model__dim=1024, model__model__depth=18, model__model__heads=16,
+        model__model__head_dim=64, model__model__hidden_dim=4096, model__model__dropout=0.2,
+        model__model__attention_dropout=0.2, model__model__memory_length=384, data__segment_length=384, streams=128,
+        model__scheduler__warmup_steps=16000, trainer__max_steps=4000000, model__model__div_value=4,
+        model__model__share_biases=False, test__segment_length=128, test__eval_memory=1600, test__clamp=1000,
+    ) | {
+        # The paper's table says 257 M.
+        "parameters": (285.2, "the published checkpoint"), "target": ("18.3", f"{XL}, table 1"),
+    },
+    "transformer-xl-enwik8": ADAM | script(
+        "pytorch/run_enwik8_base.sh", model__model__dim=512, model__model__depth=12, model__model__heads=8,
+        model__model__head_dim=64, model__model__hidden_dim=2048, model__model__dropout=0.1,
+        model__model__attention_dropout=0.0, model__model__memory_length=512, data__segment_length=512, streams=22,
+        model__scheduler__warmup_steps=0, trainer__max_steps=400000, model__model__share_biases=True,
+        test__segment_length=80, test__eval_memory=2100, test__clamp=820,
+    ) | {"parameters": (41, f"{XL}, table 2"), "target": ("1.06", f"{XL}, table 2")},
+    "transformer-xl-enwik8-24": ADAM | LARGE_CHARACTERS | {
+        "parameters": (277, f"{XL}, table 2"), "target": ("0.99", f"{XL}, table 2"),
+    },
+    "reformer-enwik8": {
+        path.replace("__", "."): (value, "google/trax, trax/supervised/configs/reformer_enwik8.gin")
+        for path, value in {
+            "model__model__dim": 768, "model__model__heads": 8, "model__model__hidden_dim": 2048,
+            "model__model__dropout": 0.2, "model__model__positions__shape": [128, 512],
+            "model__model__positions__axis_dims": [256, 512], "data__segment_length": 65536, "streams": 8,
+            "model__optimizer__betas": [0.9, 0.98], "model__optimizer__eps": 1e-9,
+            "model__optimizer__lr": 7e-4,  # 0.03125 / sqrt(warm-up steps), rounded
+            "model__scheduler__class_path": "memtx.training.optimizers.WarmupInverseSqrt",
+            "model__scheduler__warmup_steps": 2000, "trainer__max_steps": 100000,
+            "model__model__attentions": REFORMER_LAYERS * 3,
+        }.items()
+    } | {"target": ("1.05", "Kitaev et al. 2020, section 5")},
+    "transformer-xl-text8": ADAM | LARGE_CHARACTERS | {
+        "parameters": (277, f"{XL}, table 3"), "target": ("1.08", f"{XL}, table 3"),
+    },
+}  # fmt: skip
+
+
+def lookup(content: Any, path: str) -> Any:
+    """Return an option by its path, with or without ``init_args`` on the way; None if it is not there."""
+    for key in path.split("."):
+        if key not in content and "init_args" in content:
+            content = content["init_args"]
+        if key not in content:
+            return None
+        content = content[key]
+    return content
+
+
+def find_value(name: str, path: str) -> Any:
+    """Return what a config has for a row of the table."""
+    content, head = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()), HEADS[name]
+    trainer = content["trainer"]
+    if path == "streams":
+        return lookup(content, "data.batch_size") * trainer.get("devices", 1)
+    if path == "target":
+        words = (word.strip(",.:") for word in head.partition("# Target:")[2].split())
+        return next((word for word in words if word[0].isdigit()), None)
+    if path.startswith("test."):
+        option = path.removeprefix("test.")
+        words = head.replace("#", " ").split()
+        flag = f"--data.{option}" if option == "segment_length" else f"--model.{option}"
+        return float(words[words.index(flag) + 1])
+    if path == "parameters":
+        vocab_size = lookup(content, "data.tokenizer.vocab_size") or 257
+        with torch.device("meta"):
+            model = class_config.from_config(lookup(content, "model.model"))(vocab_size=vocab_size)
+        return sum(weight.numel() for weight in model.parameters()) / 1e6
+    value = lookup(content, path)
+    return 1 if path == "data.bptt_segments" and value is None else value
+
+
+def test_every_published_config_has_a_table() -> None:
+    assert set(PUBLISHED) == set(TABLE)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_hyperparameters_are_those_of_the_paper(name: str) -> None:
+    for path, (value, reference) in TABLE[name].items():
+        config_value = find_value(name, path)
+        if path == "parameters":
+            # Within the digits that papers give.
+            assert math.isclose(config_value, value, rel_tol=0.01), (path, config_value, reference)
+        else:
+            assert config_value == value, (path, config_value, reference)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_head_says_what_to_expect(name: str) -> None:
+    for part in ("# Target: ", "# Differs: ", "`memtx plan`", "GiB", " steps"):
+        assert part in HEADS[name], part
