@@ -123,25 +123,25 @@ def schedule_options(epochs: int, learning_rate: float) -> list[str]:
 
 
 PRETRAINED_TOKENIZER = (
-    "--data.tokenizer={class_path: memtx.data.hf_tokenizers.WordPieceTokenizer, init_args: {vocab_size: 4000}}"
+    "--data.tokenizer={class_path: memtx.data.hf_tokenizers.WordPieceTokenizer, init_args: {vocab_size: 1000}}"
 )
 
 
-def masked_options(depth: int, dim: int, steps: int, *, segment_length: int = 62) -> list[str]:
+def masked_options(depth: int, dim: int, steps: int) -> list[str]:
     """Return the options of a small masked language model's run, with four heads and one learning rate for all."""
     sizes = {"depth": depth, "dim": dim, "heads": 4, "hidden_dim": 4 * dim}
     return [
         *(f"--model.model.init_args.{name}={value}" for name, value in sizes.items()),
-        PRETRAINED_TOKENIZER, f"--data.segment_length={segment_length}", "--data.batch_size=32",
-        "--data.eval_batch_size=32", "--data.eval_tokens=100000", "--data.num_workers=1",
-        "--model.optimizer.init_args.lr=1e-3", f"--model.scheduler.init_args.warmup_steps={steps // 20}",
+        PRETRAINED_TOKENIZER, "--data.segment_length=30", "--data.batch_size=32",
+        "--data.eval_batch_size=32", "--data.eval_tokens=50000", "--data.num_workers=1",
+        "--model.optimizer.init_args.lr=3e-3", f"--model.scheduler.init_args.warmup_steps={steps // 20}",
         "--trainer.precision=32-true", "--trainer.accumulate_grad_batches=1", "--trainer.accelerator=cpu",
         f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}",
     ]  # fmt: skip
 
 
-MASKED_STEPS, STUDENT_STEPS, GENERAL_STEPS = 1200, 150, 150
-TEACHER_DEPTH, TEACHER_DIM = 4, 96
+MASKED_STEPS, STUDENT_STEPS, GENERAL_STEPS = 2000, 150, 150
+TEACHER_DEPTH, TEACHER_DIM = 4, 64
 
 EXPERIMENTS = {
     "distilbert": Experiment(
@@ -169,7 +169,7 @@ EXPERIMENTS = {
         "pg19-mini",
         "pg19-mini",
         [
-            *decoder_options(96, 256),
+            *decoder_options(64, 176),
             # The student's tokenizer, and attention alone.
             "--data.tokenizer={class_path: memtx.data.tokenizers.ByteTokenizer}",
             "--model.model.init_args.output_memory=null",
@@ -178,17 +178,18 @@ EXPERIMENTS = {
             "--model.model.init_args.depth=4",
             '--model.model.init_args.memories=[{"class_path":"memtx.RecurrentMemory","init_args":{"window":256}}]',
             "--model.measure_memory_gain=false",
-            *step_options(400),
+            *step_options(300),
         ],
-        {"long-to-memory": Student("long-to-memory", [*decoder_options(96, 256), *step_options(250)])},
+        {"long-to-memory": Student("long-to-memory", [*decoder_options(64, 176), *step_options(200)])},
         # Beyond its window of 64 positions, the student has only its memory.
-        ["--max-length=8192", "--min-position=64", "--limit=16"],
+        ["--max-length=2048", "--min-position=64", "--limit=16"],
+        shares_teacher=True,
     ),
 }
 
 
 NAMES = [*EXPERIMENTS, "tinybert"]
-TASK_STEPS, TASK_EXAMPLES = 200, 1500
+TASK_STEPS, TASK_EXAMPLES = 120, 500
 TASK_LOSSES = format_losses(
     # Layers for 20 of 23 parts of the run, then predictions; no labels (Jiao et al. 2020, section 4.2).
     EmbeddingMSE={"end": 0.87}, AttentionMSE={"end": 0.87}, HiddenMSE={"end": 0.87},
@@ -244,40 +245,44 @@ def train_experiment(name: str, seed: int, arguments: argparse.Namespace) -> dic
 
 
 def train_tinybert(seed: int, arguments: argparse.Namespace) -> dict[tuple[str, str], Path]:
-    """Train TinyBERT's two stages with one seed, from the teacher of "distilbert"; return the runs."""
+    """Train TinyBERT's two stages from the teacher of "distilbert"; return the runs.
+
+    The seeds share the general stage, the task's teacher and the augmented examples.
+    """
     steps = arguments.steps or TASK_STEPS
     folder = arguments.output_dir
-    bert, general = folder / "distilbert-teacher-0", folder / f"tinybert-general-{seed}"
+    bert, general = folder / "distilbert-teacher-0", folder / "tinybert-general-0"
     books, data = arguments.data / "pg19-mini", folder / "conll2000-part"
     train(bert, "distilbert", books, 0, EXPERIMENTS["distilbert"].options)
     general_steps = arguments.steps or GENERAL_STEPS
     options = masked_options(TEACHER_DEPTH // 2, TEACHER_DIM // 2, general_steps)
-    train(general, "tinybert-general", books, seed, [*options, f"--model.distillation.init_args.teacher={bert}"])
+    train(general, "tinybert-general", books, 0, [*options, f"--model.distillation.init_args.teacher={bert}"])
     models = {}
     for run in (bert, general):
         models[run] = run.with_name(f"{run.name}-model")
         if not models[run].exists():
             run_memtx("convert", str(run), str(models[run]), num_threads=1)
     take_examples(arguments.data / "conll2000", data, TASK_EXAMPLES)
-    augmented = folder / f"conll2000-augmented-{seed}"
+    augmented = folder / "conll2000-augmented"
     if not augmented.exists():
         run_memtx(
             "distil", "augment", "--model", str(models[bert]), "--data", str(data), "--output", str(augmented),
-            "--seed", str(seed), num_threads=1,
+            num_threads=1,
         )  # fmt: skip
     common = [
         f"--data.tokenizer={{class_path: memtx.data.hf_tokenizers.HFTokenizer, init_args: {{path: {models[bert]}}}}}",
         "--data.batch_size=32", "--model.optimizer.init_args.lr=1e-3", "--trainer.max_epochs=-1",
         f"--trainer.max_steps={steps}", "--trainer.check_val_every_n_epoch=null",
         f"--trainer.val_check_interval={steps}", f"--model.scheduler.init_args.warmup_steps={steps // 10}",
+        "--model.token_mask_prob=0",
     ]  # fmt: skip
-    runs = {("teacher", ""): folder / f"tinybert-teacher-{seed}"}
-    train(runs["teacher", ""], "conll2000", data, seed, [*common, f"--model.pretrained={models[bert]}"])
+    runs = {("teacher", ""): folder / "tinybert-teacher-0"}
+    train(runs["teacher", ""], "conll2000", data, 0, [*common, f"--model.pretrained={models[bert]}"])
     distillation = [
         "--model.distillation", f"{LOSSES_MODULE}.Distillation", "--model.distillation.losses", TASK_LOSSES,
-        f"--model.distillation.init_args.teacher={runs['teacher', '']}", "--model.token_mask_prob=0",
+        f"--model.distillation.init_args.teacher={runs['teacher', '']}",
     ]  # fmt: skip
-    from_general, sizes = [f"--model.pretrained={models[general]}"], encoder_options(48, 2, 4, 192)
+    from_general, sizes = [f"--model.pretrained={models[general]}"], encoder_options(32, 2, 4, 128)
     full_attention = "--model.backbone.init_args.attentions=[memtx.layers.encoder_attention.FullAttention]"
     for training, options, examples in (
         ("distilled", [*from_general, *distillation], augmented),
