@@ -62,8 +62,9 @@ def records(kind: str, count: int = 12, seed: int = 0) -> list[dict[str, Any]]:
             tags = ["B-WHO" if token in ("captain", "Ahab") else "O" for token in tokens]
             examples.append({"tokens": tokens, "tags": tags})
         elif kind == "multi_label":
-            labels = [word for word in ("whale", "ship", "storm") if word in text.split()]
-            examples.append({"text": text, "labels": labels})
+            names = ("whale", "ship", "storm")  # each is in some text of a few
+            text = f"{text} {names[index % 3]}"
+            examples.append({"text": text, "labels": [name for name in names if name in text.split()]})
         elif kind == "multiple_choice":
             right, *others = draw.sample(["the white whale", "a lost ship", "the dark sea", "an old storm"], 3)
             choices = draw.sample([right, *others][: 2 + index % 2], 2 + index % 2)

@@ -97,7 +97,6 @@ def test_equal_vectors_and_other_answers_of_a_query_are_ranked_fairly() -> None:
     assert float(score.compute()) == 1.0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "measure"),
     [("multiple_choice", "accuracy"), ("retrieval", "recall_at_1"), ("dialogue", "accuracy"), ("multi_label", "f1")],
