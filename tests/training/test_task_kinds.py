@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import EarlyStopping
 from torch.nn import functional as F
 
 from memtx.cli.class_report import write_class_report
@@ -20,6 +21,7 @@ from memtx.data.tasks.retrieval import RetrievalExample
 from memtx.errors import MemtxError
 from memtx.metrics import ClassReport, RetrievalScore
 from memtx.models.encoder import Encoder
+from memtx.training.callbacks.defaults import adapt_options
 from memtx.training.class_weights import compute_class_weights
 from memtx.training.finetuning import ClassificationModule
 from tests.tasks import KINDS, MODULES, body, folder, records, task, tokenizer, write_lines
@@ -108,6 +110,20 @@ def test_each_kind_learns_a_simple_rule(kind: str, measure: str, tmp_path: Path)
     # Guessing reaches half of that at most.
     assert run.validate(module, data, verbose=False)[0][f"val_{measure}"] > 0.7
     assert (module.report is not None) == (kind in ("dialogue", "multi_label"))
+
+
+def test_a_run_that_ends_before_its_first_validation_does_not_ask_for_its_metric(tmp_path: Path) -> None:
+    module, data = parts("classification", folder(tmp_path, "classification", 24))
+    options = {"callbacks": [EarlyStopping("val_accuracy", mode="max")], "enable_checkpointing": False}
+    callbacks = adapt_options(options, [], interactive=False)["callbacks"]
+    run = trainer(max_steps=2, callbacks=callbacks)
+    run.fit(module, data)
+    assert run.global_step == 2
+    module, data = parts("classification", tmp_path)
+    stopping = EarlyStopping("val_accuracy", mode="max", patience=1, min_delta=2.0)
+    run = trainer(max_epochs=9, callbacks=adapt_options(options | {"callbacks": [stopping]}, [], False)["callbacks"])
+    run.fit(module, data)
+    assert run.current_epoch == 2
 
 
 def test_weights_of_classes_are_in_the_training_loss_alone(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelSummary, ProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelSummary, ProgressBar
 from lightning.pytorch.utilities.model_summary.model_summary import _format_summary_table
 
 from memtx.training import trackers
@@ -35,6 +35,11 @@ def adapt_options(options: dict[str, Any], best_checkpoint: Sequence[pl.Callback
         ParameterSummary(callback._max_depth) if type(callback) is ModelSummary else callback
         for callback in (choice if isinstance(choice, list) else [choice])
     ]
+    for callback in user_callbacks:
+        if isinstance(callback, EarlyStopping) and callback.monitor.startswith("val_"):
+            # Lightning would look for the metric at the end of an epoch, too, which Ctrl-C or max_steps may bring
+            # before the first validation.
+            callback._check_on_train_epoch_end = bool(callback._check_on_train_epoch_end)
     if options.get("barebones"):
         return {**options, **dict.fromkeys(BAREBONES_OPTIONS), "callbacks": user_callbacks}
     callbacks: list[pl.Callback] = [Throughput(), UnusedMemoryWarning(), ClosedGateMonitor(), StopOnInterrupt()]
