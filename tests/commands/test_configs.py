@@ -297,7 +297,7 @@ def test_a_small_model_of_the_config_trains(program: Program, tmp_path: Path, na
 @pytest.mark.parametrize("name", TASKS)
 def test_prediction_needs_only_the_run_of_a_task(program: Program, tmp_path: Path, name: str) -> None:
     kind = TASKS[name]
-    root = folder(tmp_path / "data", kind, 24)  # so many that training has every label
+    root = folder(tmp_path / "data", kind, 24)
     result = program(
         "fit", "--config", str(HOME / "configs" / f"{name}.yaml"), "--data.root", str(root), "--trainer.max_steps=2",
         "--trainer.max_epochs=-1", "--model.backbone.init_args.dim=16", "--model.backbone.init_args.depth=1",
