@@ -126,13 +126,13 @@ def test_a_run_is_evaluated_without_its_config(program: Program, workdir: Path) 
     assert validation["val_bits_per_byte"] == pytest.approx(best["score"], abs=1e-6)
     names = {name for name in validation if "memory_gain" not in name}
     # The word perplexity of a model that has not learned words is left out.
-    assert names == {"val_bits_per_byte", "val_bits_per_character", "val_loss"}
+    assert names == {"val_bits_per_byte", "val_bits_per_character", "val_loss", "val_perplexity"}
     for checkpoint in ("run", "run/checkpoints", "best"):
         result = succeeded(program("validate", "--config", "c.yaml", "--ckpt_path", checkpoint, cwd=workdir))
         assert table(result) == validation
     test = table(succeeded(program("test", "--ckpt_path", "run/checkpoints/last.ckpt", cwd=workdir)))
     assert test == table(succeeded(program("test", "--run_dir=run", "--ckpt_path=last", cwd=workdir)))
-    assert test.keys() == {"test_bits_per_byte", "test_bits_per_character", "test_loss"}
+    assert test.keys() == {"test_bits_per_byte", "test_bits_per_character", "test_loss", "test_perplexity"}
     after = {path: path.read_bytes() for path in (workdir / "run").rglob("*") if path.is_file()}
     assert after == before
 

@@ -68,7 +68,8 @@ def test_without_all_sources_the_window_remains(kind: str, data: st.DataObject) 
         if isinstance(memory, CompressedMemory):
             rate = memory.compression_rate
             return partial(CompressedMemory, window=memory.window, compression_rate=rate, num_entries=0)
-        return partial(type(memory), window=memory.near_window or memory.window)  # type: ignore[call-arg, arg-type]
+        dilation = {} if memory.dilation == 1 else {"dilation": memory.dilation}  # type: ignore[union-attr]
+        return partial(type(memory), window=memory.near_window or memory.window, **dilation)  # type: ignore[call-arg, arg-type]
 
     window = MemoryTransformer(
         VOCAB_SIZE, dim=8, depth=2, heads=2, kv_heads=case.model.blocks[0].attention.kv_heads,  # type: ignore[arg-type, union-attr]
