@@ -147,9 +147,8 @@ class BabilongDataModule(EpisodeDataModule):
         num_bytes = torch.zeros(batch_size, dtype=torch.int64)
         for row in range(batch_size):
             story = stories[int(torch.randint(len(stories), (), generator=generator))]
-            depths = torch.rand(len(story.facts), generator=generator).sort().values.tolist()
             context_length = length - num_reserved - len(story.question) - len(story.answer)
-            context = haystack.hide(story.facts, depths, context_length, generator)
+            context = haystack.hide_in_order(story.facts, context_length, generator)
             assert context is not None
             parts = [np.asarray(self.tokenizer.bos_token_ids, dtype=np.int64), context, story.question, story.answer]
             tokens[row] = np.concatenate(parts)

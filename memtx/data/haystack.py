@@ -87,3 +87,8 @@ class Haystack:
             parts += [*filler[start:end], fact]
             start = end
         return np.concatenate([*parts, *filler[start:]])
+
+    def hide_in_order(self, facts: Sequence[TokenIds], length: int, generator: torch.Generator) -> TokenIds | None:
+        """Return what :meth:`hide` does, with facts at random depths in their order."""
+        depths = torch.rand(len(facts), generator=generator).sort().values.tolist()
+        return self.hide(facts, depths, length, generator)

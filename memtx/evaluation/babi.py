@@ -15,6 +15,26 @@ from memtx.evaluation.haystack import choose_answer, read_contexts
 from memtx.models.recurrent_lm import RecurrentLanguageModel
 
 
+def hide_stories(
+    haystack: Haystack, stories: Sequence[Story], length: int, num_samples: int, generator: torch.Generator
+) -> tuple[list[Story], list[TokenIds]]:
+    """Return random stories, at most ``num_samples``, and contexts that hide their facts, of those that fit.
+
+    A context has ``length`` tokens; with a length of 0 it holds the facts alone.
+    """
+    samples: list[Story] = []
+    contexts: list[TokenIds] = []
+    for index in torch.randperm(len(stories), generator=generator).tolist():
+        if len(samples) == num_samples:
+            break
+        facts = [encode_ids(haystack.tokenizer, f" {fact}") for fact in stories[index].facts]
+        context = haystack.hide_in_order(facts, length or sum(map(len, facts)), generator)
+        if context is not None:
+            samples.append(stories[index])
+            contexts.append(context)
+    return samples, contexts
+
+
 def evaluate_babi(
     model: RecurrentLanguageModel,
     tokenizer: Tokenizer,
@@ -43,16 +63,7 @@ def evaluate_babi(
         answers = [encode_ids(tokenizer, f" {word}") for word in words]
         chance = counts.most_common(1)[0][1] / len(stories)
         for length in lengths:
-            contexts: list[TokenIds] = []
-            samples: list[Story] = []
-            for index in torch.randperm(len(stories), generator=generator).tolist():
-                if len(samples) == num_samples:
-                    break
-                facts = [encode_ids(tokenizer, f" {fact}") for fact in stories[index].facts]
-                depths = torch.rand(len(facts), generator=generator).sort().values.tolist()
-                if (context := haystack.hide(facts, depths, length, generator)) is not None:
-                    contexts.append(context)
-                    samples.append(stories[index])
+            samples, contexts = hide_stories(haystack, stories, length, num_samples, generator)
             accuracy = None
             if samples:
                 state = read_contexts(model, contexts, tokenizer.bos_token_id, segment_length, on_progress)

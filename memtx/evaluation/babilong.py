@@ -20,6 +20,7 @@ from memtx.data.haystack import Haystack, TokenIds, encode_ids
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import DataError
 from memtx.evaluation.accuracy import EvaluationResult, ProgressFn
+from memtx.evaluation.babi import hide_stories
 from memtx.evaluation.free_answers import write_answers
 from memtx.evaluation.haystack import read_contexts
 from memtx.models.recurrent_lm import RecurrentLanguageModel
@@ -130,20 +131,11 @@ def evaluate_babilong(
         labels, chance = collect_labels(counts), counts.most_common(1)[0][1] / len(stories)
         before = encode_ids(tokenizer, prompt.before)
         for length in lengths:
-            contexts: list[TokenIds] = []
-            samples: list[Story] = []
-            for index in torch.randperm(len(stories), generator=generator).tolist():
-                if len(samples) == num_samples:
-                    break
-                facts = [encode_ids(tokenizer, f" {fact}") for fact in stories[index].facts]
-                depths = torch.rand(len(facts), generator=generator).sort().values.tolist()
-                context = haystack.hide(facts, depths, length or sum(map(len, facts)), generator)
-                if context is not None:
-                    contexts.append(np.concatenate([before, context]))
-                    samples.append(stories[index])
+            samples, contexts = hide_stories(haystack, stories, length, num_samples, generator)
             accuracy = None
             if samples:
                 questions = [encode_ids(tokenizer, prompt.after.format(question=story.question)) for story in samples]
+                contexts = [np.concatenate([before, context]) for context in contexts]
                 outputs = _answer(model, tokenizer, contexts, questions, segment_length, on_progress)
                 num_right = sum(is_right(*pair, labels) for pair in zip(outputs, samples, strict=True))
                 accuracy = num_right / len(samples)

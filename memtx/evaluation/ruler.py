@@ -101,25 +101,25 @@ def make_samples(
     def make(num_units: int, index: int) -> RulerSample:
         return task.make(texts, num_units, length, Random(f"{seed} {name} {length} {index}"))
 
-    def fits(num_units: int, index: int) -> bool:
-        return len(encode_ids(tokenizer, make(num_units, index).prompt)) + task.max_tokens <= length
+    def fits(sample: RulerSample) -> bool:
+        return len(encode_ids(tokenizer, sample.prompt)) + task.max_tokens <= length
 
-    if not fits(low := task.min_units, 0):
+    if not fits(make(low := task.min_units, 0)):
         return None
     high = 2 * low
-    while fits(high, 0):
+    while fits(make(high, 0)):
         low, high = high, 2 * high
     while high - low > max(1, low // 100):
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle, 0) else (low, middle)
+        low, high = (middle, high) if fits(make(middle, 0)) else (low, middle)
     samples = []
     for index in range(num_samples):
         num_units = low
-        while not fits(num_units, index):
+        while not fits(sample := make(num_units, index)):
             if num_units == task.min_units:
                 return None
             num_units = max(task.min_units, num_units - max(1, num_units // 50))
-        samples.append(make(num_units, index))
+        samples.append(sample)
     return samples
 
 
