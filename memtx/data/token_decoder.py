@@ -84,7 +84,7 @@ class TokenSpeller:
         self._join: Callable[[list[str]], str] = backend.decoder.decode if backend.decoder is not None else " ".join
         added_tokens = backend.get_added_tokens_decoder()
         self._special_token_ids = {token_id for token_id, token in added_tokens.items() if token.special}
-        self._alphabet = _byte_alphabet() if self._is_byte_level else {}
+        self._alphabet = byte_alphabet() if self._is_byte_level else {}
         self._contents: dict[int, bytes] = {}
         self._anchor = "a"  # no token: decoders see spellings only
 
@@ -216,7 +216,7 @@ def _treats_tokens_alone(decoders: Sequence[Mapping[str, Any]]) -> bool:
     return set(names) <= _DECODERS and set(fused) <= {"Strip"} and not (fused and strips_end)
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """Return GPT-2's spelling of the 256 bytes: printable Latin-1 as it is, the rest from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from memtx.data.token_decoder import byte_alphabet
 from memtx.data.tokenizer_files import TOKENIZER_FILE
 from memtx.data.tokenizers import BOS_TOKEN, BackendTokenizer, ByteTokenizer, Tokenizer
 from memtx.errors import DataError
@@ -38,13 +39,7 @@ def export_tokenizer(tokenizer: Tokenizer, *, padding_side: str = "left") -> Exp
     A text begins with the begin token, if there is one, as everywhere in memtx. Texts of a batch are padded on
     ``padding_side``.
     """
-    if isinstance(tokenizer, ByteTokenizer):
-        description = _byte_level_description()
-    elif isinstance(tokenizer, BackendTokenizer):
-        description = json.loads(tokenizer.to_json())["model"]
-    else:
-        message = f"{type(tokenizer).__name__} cannot be written for transformers."
-        raise DataError(message, "Use ByteTokenizer, BytePairTokenizer or a tokenizer.json.")
+    description = describe_tokenizer(tokenizer)
     pad_token = _add_pad_token(description)
     spellings = _spellings(description)
     bos, eos_ids = tokenizer.bos_token_id, sorted(tokenizer.eos_token_ids)
@@ -75,17 +70,23 @@ def export_tokenizer(tokenizer: Tokenizer, *, padding_side: str = "left") -> Exp
     return ExportedTokenizer(texts, token_ids, excluded)
 
 
-def _byte_level_description() -> dict[str, Any]:
-    """Return the description of :class:`ByteTokenizer` for the ``tokenizers`` library."""
+def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the object in a ``tokenizer.json`` of the ``tokenizers`` library; raises DataError for other kinds."""
+    if isinstance(tokenizer, ByteTokenizer):
+        return _describe_bytes()
+    if isinstance(tokenizer, BackendTokenizer):
+        description: dict[str, Any] = json.loads(tokenizer.to_json())["model"]
+        return description
+    message = f"{type(tokenizer).__name__} cannot be written as a tokenizer.json."
+    raise DataError(message, "Use ByteTokenizer, BytePairTokenizer or a tokenizer.json.")
+
+
+def _describe_bytes() -> dict[str, Any]:
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
-    # The library spells bytes that are no visible characters by others, in this order (GPT-2).
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    vocabulary = {chr(byte): byte for byte in visible}
-    vocabulary |= {chr(256 + index): byte for index, byte in enumerate(hidden)}
-    backend = Backend(models.BPE(vocabulary, []))
+    # The library's model needs merges, of which none is made.
+    backend = Backend(models.BPE(byte_alphabet(), []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(BOS_TOKEN, normalized=False)])

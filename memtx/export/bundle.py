@@ -20,7 +20,9 @@ from torch.export import ExportedProgram
 from memtx import files
 from memtx.checkpoint.convert import open_target
 from memtx.checkpoint.load import LoadedCheckpoint, load
-from memtx.data.tokenizers import BOS_TOKEN, ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_from_json
+from memtx.data.tokenizer_export import describe_tokenizer
+from memtx.data.tokenizer_files import TOKENIZER_FILE
+from memtx.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_from_json
 from memtx.errors import DataError
 from memtx.export import onnx
 from memtx.export.program import export_step
@@ -30,7 +32,6 @@ ExportFormat = Literal["onnx", "pt2"]
 
 FORMAT, FORMAT_VERSION = "memtx.export", 1
 DESCRIPTION_FILE = "export.json"
-TOKENIZER_FILE = "tokenizer.json"
 COPIED_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 """Files of a published tokenizer that are copied as they are."""
 
@@ -88,7 +89,7 @@ def export_folder(
         else:
             _save_programs(programs, folder)
         if tokenizer is not None:
-            files.write_text(folder / TOKENIZER_FILE, library_json(tokenizer))
+            files.write_text(folder / TOKENIZER_FILE, json.dumps(describe_tokenizer(tokenizer), ensure_ascii=False))
             for name in COPIED_FILES:
                 if (path / name).is_file():
                     shutil.copyfile(path / name, folder / name)
@@ -156,27 +157,3 @@ def _find_tokenizer(checkpoint: LoadedCheckpoint) -> Tokenizer | None:
         if text is not None:
             raise
         return None
-
-
-def library_json(tokenizer: Tokenizer) -> str:
-    """Return a tokenizer as the ``tokenizer.json`` of the tokenizers library."""
-    if not isinstance(tokenizer, ByteTokenizer):
-        return json.dumps(json.loads(tokenizer.to_json())["model"], ensure_ascii=False)
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-
-    # The library spells bytes as printable characters, and its model needs merges, of which none is made.
-    vocabulary = dict(zip(_byte_characters(), range(256), strict=True))
-    backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(BOS_TOKEN, special=True)])
-    text: str = backend.to_str()
-    return text
-
-
-def _byte_characters() -> list[str]:
-    """Return the character by which the library spells each byte."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from memtx.checkpoint.load import load
 from memtx.cli import convert
+from memtx.data.tokenizer_export import describe_tokenizer
 from memtx.data.tokenizers import BytePairTokenizer, ByteTokenizer, Tokenizer
 from memtx.errors import MemtxError
-from memtx.export.bundle import export_folder, library_json
+from memtx.export.bundle import export_folder
 from memtx.inference.reader import StreamReader
 from memtx.models.encoder import Encoder
 from memtx.models.memory_transformer import MemoryTransformer
@@ -121,7 +122,7 @@ def test_script_streams_a_text_as_the_reader_does(model: MemoryTransformer, fold
 def test_tokenizer_is_the_library_s(tokenizer: Tokenizer, tmp_path: Path, script: ModuleType) -> None:
     if isinstance(tokenizer, BytePairTokenizer):
         tokenizer.train([TEXT])
-    (tmp_path / "tokenizer.json").write_text(library_json(tokenizer))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(describe_tokenizer(tokenizer), ensure_ascii=False))
     backend = script.load_tokenizer(tmp_path)
     text = TEXT + "\x00\x7f\xad ÿ"
     ids = backend.encode(text, add_special_tokens=False).ids
