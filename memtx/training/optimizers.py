@@ -6,7 +6,7 @@ import bisect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -98,10 +98,6 @@ def _gate_groups(optimizer: Optimizer, model: nn.Module, gate_lr_multiplier: flo
     return [group for group in optimizer.param_groups if group["params"][0] in gates]
 
 
-_CONFIG_KEYS = ("warmup_steps", "total_steps", "min_lr_ratio")
-_PHASE_KEYS = ("_phase_steps", "_factor", "_warmup_steps")
-
-
 def find_phase(steps: Sequence[int], step: int) -> tuple[int, int]:
     """Return the phase of a training step, and the step at which it begins; the last phase does not end."""
     phase_starts = [0, *itertools.accumulate(steps[:-1])]
@@ -109,7 +105,28 @@ def find_phase(steps: Sequence[int], step: int) -> tuple[int, int]:
     return phase, phase_starts[phase]
 
 
-class PhasedWarmup(LambdaLR):
+class _Schedule(LambdaLR):
+    """Base of schedules by step, whose checkpoints hold no settings, so that a run can resume with other ones."""
+
+    settings: ClassVar[tuple[str, ...]]
+    """Names of the attributes that hold settings."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(optimizer, self._lr_scale)
+
+    def _lr_scale(self, step: int) -> float:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the progress."""
+        return {key: value for key, value in super().state_dict().items() if key not in self.settings}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the progress."""
+        super().load_state_dict({key: value for key, value in state_dict.items() if key not in self.settings})
+
+
+class PhasedWarmup(_Schedule):
     """Constant rates by phase of training, each after a linear warm-up (Longformer, Beltagy et al. 2020, appendix B).
 
     Args:
@@ -122,6 +139,8 @@ class PhasedWarmup(LambdaLR):
     Raises:
         MemtxError: A number is out of range.
     """
+
+    settings = ("_phase_steps", "_factor", "_warmup_steps")
 
     def __init__(
         self,
@@ -138,15 +157,7 @@ class PhasedWarmup(LambdaLR):
         check_probability(warmup_fraction=warmup_fraction)
         self._phase_steps, self._factor = tuple(steps), factor
         self._warmup_steps = [min(int(warmup_fraction * number), max_warmup_steps) for number in steps]
-        super().__init__(optimizer, self._lr_scale)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the progress without the settings, so that a run can resume with other settings."""
-        return {key: value for key, value in super().state_dict().items() if key not in _PHASE_KEYS}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the progress."""
-        super().load_state_dict({key: value for key, value in state_dict.items() if key not in _PHASE_KEYS})
+        super().__init__(optimizer)
 
     def _lr_scale(self, step: int) -> float:
         phase, start = find_phase(self._phase_steps, step)
@@ -154,7 +165,7 @@ class PhasedWarmup(LambdaLR):
         return self._factor**phase * (min(1.0, (step - start + 1) / warmup) if warmup else 1.0)
 
 
-class WarmupCosine(LambdaLR):
+class WarmupCosine(_Schedule):
     """Linear warm-up, then half a cosine down to a minimum (SGDR, Loshchilov and Hutter 2017, section 3).
 
     Args:
@@ -166,6 +177,8 @@ class WarmupCosine(LambdaLR):
     Raises:
         MemtxError: A number is out of range.
     """
+
+    settings = ("warmup_steps", "total_steps", "min_lr_ratio")
 
     def __init__(
         self, optimizer: Optimizer, warmup_steps: int = 100, total_steps: int = 0, min_lr_ratio: float = 0.1
@@ -179,15 +192,7 @@ class WarmupCosine(LambdaLR):
         self.warmup_steps = warmup_steps
         self.total_steps = total_steps
         self.min_lr_ratio = min_lr_ratio
-        super().__init__(optimizer, self._lr_scale)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the progress without the settings, so that a run can resume with other settings."""
-        return {key: value for key, value in super().state_dict().items() if key not in _CONFIG_KEYS}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the progress."""
-        super().load_state_dict({key: value for key, value in state_dict.items() if key not in _CONFIG_KEYS})
+        super().__init__(optimizer)
 
     def _lr_scale(self, step: int) -> float:
         if step < self.warmup_steps:
@@ -224,7 +229,7 @@ class WarmupLinear(WarmupCosine):
         return 1.0 - progress
 
 
-class WarmupInverseSqrt(LambdaLR):
+class WarmupInverseSqrt(_Schedule):
     """Linear warm-up, then a rate that falls with the square root of the step (Vaswani et al. 2017, section 5.3).
 
     Args:
@@ -235,14 +240,12 @@ class WarmupInverseSqrt(LambdaLR):
         MemtxError: warmup_steps is below 1.
     """
 
+    settings = ("warmup_steps",)
+
     def __init__(self, optimizer: Optimizer, warmup_steps: int = 4000) -> None:
         check_at_least(1, warmup_steps=warmup_steps)
         self.warmup_steps = warmup_steps
-        super().__init__(optimizer, self._lr_scale)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the progress without the settings, so that a run can resume with other settings."""
-        return {key: value for key, value in super().state_dict().items() if key not in _CONFIG_KEYS}
+        super().__init__(optimizer)
 
     def _lr_scale(self, step: int) -> float:
         return min((step + 1) / self.warmup_steps, math.sqrt(self.warmup_steps / max(step + 1, 1)))
