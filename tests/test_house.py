@@ -65,6 +65,7 @@ LIGHTNING_IMPORTERS = (
     "data/books.py",
     "data/tasks/data_module.py",
     "data/episodes.py",
+    "data/stream_module.py",
     "data/babilong.py",
     "cli/config_reference.py",
     "data/series/data_module.py",

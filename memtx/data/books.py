@@ -7,18 +7,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from memtx.data.batch import PinnedTransfer, check_options, limit_epochs, rank_and_world_size
+from memtx.data.batch import check_options, limit_epochs, rank_and_world_size
 from memtx.data.hf_tokenizers import HFTokenizer
 from memtx.data.shards import TokenStore
 from memtx.data.sources.base import SPLITS, Corpus, CorpusManifest, TextSource
 from memtx.data.sources.corpus import open_corpus
 from memtx.data.sources.files import FileSource, is_table
 from memtx.data.sources.splits import SPLIT_HINT
+from memtx.data.stream_module import StreamDataModule
 from memtx.data.streams import DocumentStreams, EvaluationStreams
 from memtx.data.tokenized_corpus import (
     TokenizedCorpus,
@@ -37,7 +37,7 @@ M = TypeVar("M", bound=CorpusManifest)
 _SPLITS_BY_STAGE = {"fit": SPLITS[:2], "validate": SPLITS[1:2], "test": SPLITS[2:], "predict": SPLITS[2:]}
 
 
-class BookDataModule(PinnedTransfer, LightningDataModule):
+class BookDataModule(StreamDataModule[DocumentStreams]):
     """Long documents as endless streams, tokenized once; the checkpoint holds the position in them.
 
     Raises DataError if a number is out of range, or a prepared folder is damaged or has another tokenizer.
@@ -95,8 +95,6 @@ class BookDataModule(PinnedTransfer, LightningDataModule):
         else:
             self.tokenizer = tokenizer if tokenizer is not None else ByteTokenizer()
         self._token_stores: dict[str, TokenStore] = {}
-        self._streams: DocumentStreams | None = None
-        self._restored_position: dict[str, Any] | None = None
         self._epoch_shape = batch_size, self.length  # whose batches an epoch has
         self._before_batch: Callable[[], None] | None = None
 
@@ -182,8 +180,7 @@ class BookDataModule(PinnedTransfer, LightningDataModule):
         """Open what the stage needs (None: all); a fit begins at the start unless a checkpoint is restored."""
         # Opening is all that is left after prepare_data, which ran on one process only.
         self._train_tokenizer()
-        if stage in ("fit", None) and self._streams is not None:
-            self._streams = self._restored_position = None
+        super().setup(stage)
 
     def train_dataloader(self) -> DocumentStreams:
         """Return this rank's streams, batches of ``(batch, segment_length * bptt_segments)`` from the position on.
@@ -195,12 +192,7 @@ class BookDataModule(PinnedTransfer, LightningDataModule):
         limit_epochs(streams, self.trainer)
         streams.resize(self.batch_size, self.length)
         streams.before_batch = self._before_batch
-        if self._streams is not None:  # called again within a run
-            streams.load_state_dict(self._streams.state_dict())
-        elif self._restored_position is not None:
-            self._resume(streams, self._restored_position)
-        self._streams, self._restored_position = streams, None
-        return streams
+        return self._continue_with(streams)
 
     def token_indices(self) -> Tensor:
         """Return the index in the training store of each token of the newest batch, ``(batch, length)`` int64."""
@@ -226,10 +218,7 @@ class BookDataModule(PinnedTransfer, LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, what identifies its data, and the tokenizer as JSON text."""
-        position = self._restored_position or {"position": 0, "seed": self.seed}
-        if self._streams is not None:
-            position = self._streams.state_dict()
-        return {**position, "tokenizer": self.tokenizer.to_json()}
+        return {**self._position_state(), "tokenizer": self.tokenizer.to_json()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a checkpoint's position, which is checked when the training data is opened, and its tokenizer.
@@ -241,15 +230,7 @@ class BookDataModule(PinnedTransfer, LightningDataModule):
         text = state_dict.get("tokenizer")
         if text != self.tokenizer.to_json():
             self._restore_tokenizer(text)
-        self._restored_position = {key: value for key, value in state_dict.items() if key != "tokenizer"}
-        if self._streams is not None:
-            self._resume(self._streams, self._restored_position)
-            self._restored_position = None
-
-    def _resume(self, streams: DocumentStreams, position: dict[str, Any]) -> None:
-        streams.load_state_dict(position, self.trainer.accumulate_grad_batches if self.trainer is not None else 1)
-        if streams.resume_message:
-            rank_zero_info(streams.resume_message)
+        self._restore_position({key: value for key, value in state_dict.items() if key != "tokenizer"})
 
     def _restore_tokenizer(self, text: Any) -> None:
         try:

@@ -7,15 +7,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from memtx.data.batch import PinnedTransfer, check_options, limit_epochs, rank_and_world_size
+from memtx.data.batch import check_options, limit_epochs, rank_and_world_size
 from memtx.data.series.files import CSV_SUFFIXES, NUMPY_SUFFIX, is_series_file, open_columns, read_column_names
 from memtx.data.series.schema import SeriesSchema, find_columns
 from memtx.data.series.store import Series, SeriesEvaluationStreams, SeriesStore, SeriesStreams, compute_statistics
 from memtx.data.sources.splits import SPLIT_HINT, infer_splits
+from memtx.data.stream_module import StreamDataModule
 from memtx.errors import CheckpointError, DataError
 from memtx.files import default_cache_dir
 
@@ -24,7 +24,7 @@ SERIES_HINT = (
 )
 
 
-class SeriesDataModule(PinnedTransfer, LightningDataModule):
+class SeriesDataModule(StreamDataModule[SeriesStreams]):
     """Series of numbers, one in each file; the checkpoint holds the position, the columns and the standardization.
 
     CSV is converted once to an array in the cache; both kinds of files are memory-mapped. Names of files and folders
@@ -99,8 +99,6 @@ class SeriesDataModule(PinnedTransfer, LightningDataModule):
         self.input_dim, self.output_dim = len(self.columns), len(self.targets)
         self._schema: SeriesSchema | None = None
         self._checked_splits: dict[str, tuple[list[Series], str]] = {}
-        self._streams: SeriesStreams | None = None
-        self._restored_position: dict[str, Any] | None = None
 
     @cached_property
     def _split_files(self) -> list[tuple[str | None, Path]]:
@@ -198,22 +196,12 @@ class SeriesDataModule(PinnedTransfer, LightningDataModule):
             if self.has_split("validation"):
                 self._open_checked_split("validation")
 
-    def setup(self, stage: str | None = None) -> None:
-        """Open what the stage needs; a fit begins at the start unless a checkpoint is restored."""
-        if stage in ("fit", None) and self._streams is not None:
-            self._streams = self._restored_position = None
-
     def train_dataloader(self) -> SeriesStreams:
         """Return this rank's streams from the position on; raises CheckpointError if it is in other series."""
         ranks = rank_and_world_size(self.trainer)
         streams = SeriesStreams(self._train_store, self.batch_size, self.length, self.seed, *ranks)
         limit_epochs(streams, self.trainer)
-        if self._streams is not None:  # called again within a run
-            streams.load_state_dict(self._streams.state_dict())
-        elif self._restored_position is not None:
-            self._resume(streams, self._restored_position)
-        self._streams, self._restored_position = streams, None
-        return streams
+        return self._continue_with(streams)
 
     def val_dataloader(self) -> SeriesEvaluationStreams | list[Any]:
         """Return the validation series; an empty list if there are none."""
@@ -233,10 +221,7 @@ class SeriesDataModule(PinnedTransfer, LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, what identifies its data, and the schema as JSON text."""
-        position = self._restored_position or {"position": 0, "seed": self.seed}
-        if self._streams is not None:
-            position = self._streams.state_dict()
-        return {**position, "series": self.schema.to_json()}
+        return {**self._position_state(), "series": self.schema.to_json()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a checkpoint's position and standardization; raises CheckpointError if its columns are others."""
@@ -249,12 +234,4 @@ class SeriesDataModule(PinnedTransfer, LightningDataModule):
             # Its statistics are of other series, unless these are the checkpoint's.
             self.__dict__.pop("_train_store", None)
         self._schema = schema
-        self._restored_position = {key: value for key, value in state_dict.items() if key != "series"}
-        if self._streams is not None:
-            self._resume(self._streams, self._restored_position)
-            self._restored_position = None
-
-    def _resume(self, streams: SeriesStreams, position: dict[str, Any]) -> None:
-        streams.load_state_dict(position, self.trainer.accumulate_grad_batches if self.trainer is not None else 1)
-        if streams.resume_message:
-            rank_zero_info(streams.resume_message)
+        self._restore_position({key: value for key, value in state_dict.items() if key != "series"})
