@@ -12,20 +12,16 @@ memory is not needed.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 
 import torch
-from sequence_peers import build_models, count_parameters
+from sequence_peers import add_options, build_models, compare
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memtx import files
 from memtx.models.sequence_model import SequenceModel
-from memtx.plots import plot_seed_comparison
 
 NUM_EXITS, NOISE_DIM = 2, 2
 NUM_ACTIONS = NUM_EXITS + 1  # to walk on, or to take an exit
@@ -163,36 +159,18 @@ def evaluate(name: str, model: SequenceModel, num_agents: int = 256, num_steps: 
 def main() -> None:
     """Compare the agents."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
+    add_options(parser)
     parser.add_argument("--updates", type=int, default=700)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
-    parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     models = build_models(
         MODELS, lambda backbone: SequenceModel(OBSERVATION_DIM, NUM_ACTIONS + 1, backbone, head=PolicyHead), WINDOW
     )
-    results = []
-    table = ["| corridor | agent | parameters | right exits | by seed | CPU s |", "|---|---|---|---|---|---|"]
-    for name in CORRIDORS:
-        for model, make in models.items():
-            runs = [train(name, make, seed, arguments.updates) for seed in range(arguments.seeds)]
-            rates, seconds = zip(*runs, strict=True)
-            results.append({"corridor": name, "agent": model, "right_exits": rates, "seconds": seconds})
-            spread = statistics.stdev(rates) if len(rates) > 1 else 0.0
-            by_seed = ", ".join(f"{rate:.3f}" for rate in rates)
-            cells = (name, model, f"{count_parameters(make()):,}", f"{statistics.mean(rates):.3f} ± {spread:.3f}")
-            table.append(f"| {' | '.join((*cells, by_seed, f'{statistics.mean(seconds):.0f}'))} |")
-            print(table[-1], flush=True)
-            if arguments.json:
-                files.write_json(arguments.json, json.loads(json.dumps(results)))
-    if arguments.markdown:
-        files.write_text(arguments.markdown, "\n".join([*table, ""]))
-    if arguments.plot:
-        rates_by_name = {f"{result['corridor']}: {result['agent']}": result["right_exits"] for result in results}
-        unit = "rate of right exits (chance 0.5)"
-        plot_seed_comparison(arguments.plot, rates_by_name, title="Agents", unit=unit, lower_is_better=False)
+    compare(
+        arguments, CORRIDORS, models, partial(train, num_updates=arguments.updates),
+        names=("corridor", "agent", "right exits"), keys=("corridor", "agent", "right_exits"),
+        title="Agents", unit="rate of right exits (chance 0.5)", lower_is_better=False,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

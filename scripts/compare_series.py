@@ -10,8 +10,6 @@ last two values tell all about, does not. Trained by ``SequenceModule`` on serie
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -22,14 +20,13 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from sequence_peers import build_models, count_parameters
+from sequence_peers import add_options, build_models, compare
 from torch import nn
 
 from memtx import files
 from memtx.data.batch import FixedBatches, SequenceBatch
 from memtx.layers.vector_heads import RegressionHead
 from memtx.models.sequence_model import SequenceModel
-from memtx.plots import plot_seed_comparison
 from memtx.training.optimizers import WarmupCosine
 from memtx.training.sequence import SequenceModule
 
@@ -105,11 +102,8 @@ def write_series(folder: Path, generator: np.random.Generator) -> None:
 def main() -> None:
     """Compare the models, or write series."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
+    add_options(parser)
     parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
-    parser.add_argument("--plot", type=Path)
     parser.add_argument("--write", type=Path, metavar="FOLDER")
     arguments = parser.parse_args()
     if arguments.write is not None:
@@ -117,27 +111,11 @@ def main() -> None:
         return
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    models = build_models(MODELS, make_model, WINDOW)
-    results = []
-    table = ["| series | model | parameters | mean squared error | by seed | CPU s |", "|---|---|---|---|---|---|"]
-    for kind in SERIES:
-        for name, make in models.items():
-            errors, seconds = zip(
-                *(train(kind, make, seed, arguments.steps) for seed in range(arguments.seeds)), strict=True
-            )
-            results.append({"series": kind, "model": name, "mse": errors, "seconds": seconds})
-            spread = statistics.stdev(errors) if len(errors) > 1 else 0.0
-            by_seed = ", ".join(f"{error:.3f}" for error in errors)
-            cells = (kind, name, f"{count_parameters(make()):,}", f"{statistics.mean(errors):.3f} ± {spread:.3f}")
-            table.append(f"| {' | '.join((*cells, by_seed, f'{statistics.mean(seconds):.0f}'))} |")
-            print(table[-1], flush=True)
-            if arguments.json:
-                files.write_json(arguments.json, json.loads(json.dumps(results)))
-    if arguments.markdown:
-        files.write_text(arguments.markdown, "\n".join([*table, ""]))
-    if arguments.plot:
-        named = {f"{result['series']}: {result['model']}": result["mse"] for result in results}
-        plot_seed_comparison(arguments.plot, named, title="Series", unit="mean squared error, one step ahead")
+    compare(
+        arguments, SERIES, build_models(MODELS, make_model, WINDOW), partial(train, steps=arguments.steps),
+        names=("series", "model", "mean squared error"), keys=("series", "model", "mse"),
+        title="Series", unit="mean squared error, one step ahead",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

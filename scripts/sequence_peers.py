@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
-from collections.abc import Callable, Sequence
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from memtx import files
 from memtx.layers.feed_forward import FeedForward
 from memtx.memory.associative import AssociativeMemory
 from memtx.memory.compressed import CompressedMemory
@@ -17,6 +22,7 @@ from memtx.memory.recurrent import RecurrentMemory
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.recurrent_lm import MemoryOutput
 from memtx.models.sequence_model import SequenceModel
+from memtx.plots import plot_seed_comparison
 from memtx.state import MemoryState
 
 DIM, DEPTH, HEADS = 48, 2, 2
@@ -113,3 +119,53 @@ def build_models(
         candidates = [transformer(name, width) for width in range(DIM, 6 * DIM, 4)] if name in MEMORIES else []
         backbones[name] = closest(candidates or [partial(GRUBackbone, dim=dim) for dim in range(16, 160, 2)])
     return {name: partial(make, backbone) for name, backbone in backbones.items()}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a comparison."""
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--plot", type=Path)
+
+
+def compare(
+    arguments: argparse.Namespace,
+    cases: Iterable[str],
+    models: Mapping[str, Callable[[], nn.Module]],
+    train: Callable[[str, Callable[[], Any], int], tuple[float, float]],
+    *,
+    names: tuple[str, str, str],
+    keys: tuple[str, str, str],
+    **plot_options: Any,
+) -> None:
+    """Train every model in every case with every seed, and write table, figures and plot.
+
+    Args:
+        arguments: Options of :func:`add_options`.
+        cases: Names of the cases.
+        models: Makers of the models by name.
+        train: Returns the figure and the CPU seconds of a run from case, maker and seed.
+        names: Headings of case, model and figure in the table.
+        keys: Their keys in the JSON file.
+        **plot_options: Options of :func:`memtx.plots.plot_seed_comparison`.
+    """
+    case_name, model_name, figure_name = names
+    header = f"| {case_name} | {model_name} | parameters | {figure_name} | by seed | CPU s |"
+    table, results, curves = [header, "|---|---|---|---|---|---|"], [], {}
+    for case in cases:
+        for model, make in models.items():
+            values, seconds = zip(*(train(case, make, seed) for seed in range(arguments.seeds)), strict=True)
+            results.append({**dict(zip(keys, (case, model, values), strict=True)), "seconds": seconds})
+            curves[f"{case}: {model}"] = values
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            by_seed = ", ".join(f"{value:.3f}" for value in values)
+            cells = (case, model, f"{count_parameters(make()):,}", f"{statistics.mean(values):.3f} ± {spread:.3f}")
+            table.append(f"| {' | '.join((*cells, by_seed, f'{statistics.mean(seconds):.0f}'))} |")
+            print(table[-1], flush=True)
+            if arguments.json:
+                files.write_json(arguments.json, json.loads(json.dumps(results)))
+    if arguments.markdown:
+        files.write_text(arguments.markdown, "\n".join([*table, ""]))
+    if arguments.plot:
+        plot_seed_comparison(arguments.plot, curves, **plot_options)
