@@ -66,9 +66,6 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     """Write the programs of a language model for another runtime."""
-    if arguments.layout is not None:
-        message = f"--layout is given with --to {arguments.to}, which has a layout of its own."
-        raise MemtxError(message, "Remove --layout.")
     with options.user_modules(arguments.modules):
         from memtx.export.bundle import export_folder
 
@@ -90,6 +87,9 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _check_options(arguments: argparse.Namespace) -> None:
     """Fill in the defaults of ``--to``; raise MemtxError for an option of another target or of none."""
+    if arguments.layout is not None and arguments.to in ("hf", *EXPORT_FORMATS):
+        message = f"--layout is given with --to {arguments.to}, which has a layout of its own."
+        raise MemtxError(message, "Remove --layout.")
     defaults: dict[str, int | None] = TARGET_OPTIONS.get(arguments.to, {})
     for name in dict.fromkeys(name for names in TARGET_OPTIONS.values() for name in names):
         if name in defaults:
@@ -104,8 +104,6 @@ def _check_options(arguments: argparse.Namespace) -> None:
 
 def _convert_to_hf(arguments: argparse.Namespace) -> None:
     """Write a language model for transformers and, if asked to, upload it."""
-    if arguments.layout is not None:
-        raise MemtxError("--layout is given with --to hf, which has a layout of its own.", "Remove --layout.")
     with options.user_modules(arguments.modules):
         from memtx.checkpoint.hf_export import export_checkpoint
 
