@@ -14,6 +14,7 @@ from .inference.series import SeriesPredictor as SeriesPredictor
 from .layers.feed_forward import FeedForward as FeedForward
 from .layers.feed_forward import SwiGLU as SwiGLU
 from .layers.positions.base import Alibi as Alibi
+from .layers.positions.relative import RelativePositions as RelativePositions
 from .layers.positions.rotary import Rotary as Rotary
 from .layers.vector_heads import GaussianMixtureHead as GaussianMixtureHead
 from .layers.vector_heads import RegressionHead as RegressionHead

@@ -146,3 +146,7 @@ def output_memory(kind: str, window: int, rate: int) -> Callable[[int], CopyMemo
 
 CHOOSING = {"compressed-most_used", "retrieval", "top-k", "top-k-exact", "top-k-entry-bias", "dual", "copy"}
 """Kinds that choose between states or store fewer bits, where rounding in float32 may change the whole result."""
+
+UNCOUNTED = {"recurrent-dilated", "recurrent-dilated-head", "sinks-with-positions", "dual"}
+UNCOUNTED |= {kind for kind in KINDS if kind.startswith("top-k")}
+"""Kinds that relative positions do not support."""

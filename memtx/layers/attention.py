@@ -102,6 +102,8 @@ class MemoryAttention(nn.Module):
     def set_memories(self, memory: Memory[Any], extra_memories: Sequence[Memory[Any]], *, gated_memory: bool) -> None:
         """Replace the layer's memories; arguments as in the constructor."""
         _check_memories(memory, extra_memories, self.heads, self.head_dim)
+        for part in (memory, *extra_memories):
+            self.positions.check_memory(part)
         self.memory = memory
         self.extra_memories = nn.ModuleList(extra_memories)
         # Gates of the exact memory's bank, then of each other gated memory, in order.
@@ -305,9 +307,8 @@ class MemoryAttention(nn.Module):
                 plan.visible, self.head_dim**-0.5,
             )  # fmt: skip
             return self.out(self._apply_output_gate(attended.flatten(1), gate))
-        q = self.positions.apply_absolute(q, position, step.memo)
+        q, bias = self.positions.step(q, position, plan, step.memo)
         k, v = ring.key_value.unbind(2)
-        bias = self.positions.score_bias(plan.offset, plan.visibility.memo)
         if (dilated := ring.layout.dilated) is not None:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
             attend = partial(self._attend, return_lse=False)
@@ -349,6 +350,7 @@ class MemoryAttention(nn.Module):
             nn.init.normal_(layer.weight, std=layer_std)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+        self.positions.reset_parameters(std)
 
 
 def _apply_module(module: nn.Module, x: Tensor, frozen: bool) -> Tensor:
