@@ -28,6 +28,9 @@ from .memory.recurrent import RecurrentMemory as RecurrentMemory
 from .memory.retrieval import RetrievalMemory as RetrievalMemory
 from .memory.sinks import SinkMemory as SinkMemory
 from .memory.slots import SlotMemory as SlotMemory
+from .memory.titans import PersistentMemory as PersistentMemory
+from .memory.titans import TitansContextMemory as TitansContextMemory
+from .memory.titans import TitansMemory as TitansMemory
 from .memory.top_k import TopKMemory as TopKMemory
 from .models.encoder import Encoder as Encoder
 from .models.encoder_decoder import EncoderDecoder as EncoderDecoder
