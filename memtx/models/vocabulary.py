@@ -14,7 +14,7 @@ from memtx.models.memory_transformer import MemoryTransformer
 def resize_vocabulary(model: MemoryTransformer, vocab_size: int) -> MemoryTransformer:
     """Return a model with the weights of another, and more or fewer tokens.
 
-    Weights of new tokens are the mean of the others, so that their first predictions are no surprise (Hewitt 2021,
+    Weights of new tokens are the mean of the others, so that the first predictions are not theirs (Hewitt 2021,
     "Initializing New Word Embeddings for Pretrained Language Models").
 
     Args:
