@@ -170,9 +170,9 @@ class TitansMemory(Memory[TitansState]):
         """Return queries and keys of unit length (section 4.4), values and gates by head."""
         addresses, gates = projected[..., : 3 * self.dim], projected[..., 3 * self.dim :]
         q, k, v = (split_heads(part, self.heads) for part in addresses.chunk(3, dim=-1))
-        step, momentum, forget = gates.mT.chunk(3, dim=1)
+        step, momentum, alpha = gates.mT.chunk(3, dim=1)
         # Forgetting everything has no finite logarithm.
-        log_keep = torch.log1p(-forget.clamp(max=1.0 - 1e-6))
+        log_keep = torch.log1p(-alpha.clamp(max=1.0 - 1e-6))
         return normalize(q), normalize(k), v, Gates(self.max_step * step, F.logsigmoid(momentum), log_keep)
 
     def _learn(self, state: TitansState, x: Tensor, segment: Segment) -> tuple[Tensor, TitansState]:
