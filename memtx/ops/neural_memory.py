@@ -100,8 +100,8 @@ def learn_chunk(
     next_weights, next_momentum = [], []
     for matrix, velocity, x, error in zip(weights, momentum, inputs, errors, strict=True):
         step, velocity_step = (x.mT @ (part[..., -1, :, None] * error) for part in (shares, momenta))
-        kept = keep_start[..., -1:, :] * matrix + from_momentum[..., -1:, :] * velocity
-        next_weights.append(kept - step)
+        faded = keep_start[..., -1:, :] * matrix + from_momentum[..., -1:, :] * velocity
+        next_weights.append(faded - step)
         next_momentum.append(momenta_start[..., -1:, :] * velocity - velocity_step)
     return reads, tuple(next_weights), tuple(next_momentum)
 
