@@ -18,6 +18,7 @@ from .layers.positions.rotary import Rotary as Rotary
 from .layers.vector_heads import GaussianMixtureHead as GaussianMixtureHead
 from .layers.vector_heads import RegressionHead as RegressionHead
 from .memory.associative import AssociativeMemory as AssociativeMemory
+from .memory.block_recurrent import BlockRecurrentMemory as BlockRecurrentMemory
 from .memory.compressed import CompressedMemory as CompressedMemory
 from .memory.copy_memory import CopyMemory as CopyMemory
 from .memory.ernie_doc import ErnieDocMemory as ErnieDocMemory

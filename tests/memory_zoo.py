@@ -10,6 +10,7 @@ import torch
 
 from memtx.memory.associative import AssociativeMemory
 from memtx.memory.base import Memory
+from memtx.memory.block_recurrent import BlockRecurrentMemory
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.compression import (
     AttentionPooling,
@@ -140,6 +141,9 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     ],
     "titans-context": with_window(
         lambda window, rate, length: partial(TitansContextMemory, heads=2, interval=length + 4)
+    ),
+    "block-recurrent": with_window(
+        lambda window, rate, length: partial(BlockRecurrentMemory, num_vectors=3, interval=rate, heads=2)
     ),
     "third-party": with_window(lambda window, rate, length: RunningMean),
     "readme": with_window(lambda window, rate, length: AverageMemory),

@@ -40,7 +40,7 @@ class TitansState:
         weights: Weights after the last token.
         momentum: Momentum after the last token.
         last_input: Last input, for the token shift, ``(batch, dim)``.
-        retrieved: What the open interval's tokens have read as context, ``(batch, interval - 1, dim)``, newest last;
+        retrieved: Reads of the open interval's tokens, for the context, ``(batch, interval - 1, dim)``, newest last;
             ``(batch, 0, dim)`` for the gate.
     """
 

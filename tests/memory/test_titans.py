@@ -116,11 +116,11 @@ def test_gate_matches_the_equations(
         readout = memory.readout(view, x.view(1, n, HEADS, WIDTH))
         # As the layer mixes them.
         by_head = attended.view(1, n, HEADS, WIDTH).transpose(1, 2)
-        gated = (by_head + readout.gate * (readout.out - by_head)).transpose(1, 2).flatten(2)
+        outputs = (by_head + readout.gate * (readout.out - by_head)).transpose(1, 2).flatten(2)
         for position in range(n):
             if position in (0, start):
                 paper = PaperMemory(memory)
-            close(gated[0, position], attended[0, position] * paper.gate(paper.learn(x[0, position])))
+            close(outputs[0, position], attended[0, position] * paper.gate(paper.learn(x[0, position])))
         close(torch.stack([weights[-1] for weights in paper.weights]), view.next_state.weights[-1][0])
 
 
