@@ -23,6 +23,7 @@ from memtx.memory.compression import (
 from memtx.memory.copy_memory import CopyMemory
 from memtx.memory.ernie_doc import ErnieDocMemory
 from memtx.memory.gated_delta_net import GatedDeltaNet
+from memtx.memory.infini import InfiniMemory
 from memtx.memory.memory_tokens import TokenMemory
 from memtx.memory.parts import DPFPFeatureMap, EluFeatureMap, Gate, ReflectingGate
 from memtx.memory.recurrent import RecurrentMemory
@@ -144,6 +145,9 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     ),
     "block-recurrent": with_window(
         lambda window, rate, length: partial(BlockRecurrentMemory, num_vectors=3, interval=rate, heads=2)
+    ),
+    "infini-delta": with_window(
+        lambda window, rate, length: partial(InfiniMemory, heads=2, interval=rate, delta_rule=True)
     ),
     "third-party": with_window(lambda window, rate, length: RunningMean),
     "readme": with_window(lambda window, rate, length: AverageMemory),
