@@ -27,7 +27,7 @@ class InfiniState:
 
     Attributes:
         matrix: Content after the last finished interval, ``(batch, heads, head_dim, head_dim + 1)``.
-        pending: What the open interval's tokens add to it, in the same shape.
+        pending: Sum of the open interval's writes, in the same shape.
     """
 
     matrix: Tensor
