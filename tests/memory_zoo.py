@@ -125,6 +125,7 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "slots": slots(),
     "slots-memformer": slots(write_gate=None, token_shift=False, temperature=0.25),
     "retrieval": with_window(retrieval),
+    "retrieval-layer": with_window(lambda *sizes: partial(retrieval(*sizes), layer_projections=True)),
     "sinks": with_window(
         lambda window, rate, length: partial(SinkMemory, num_sinks=min(length + 1, window + 1), exclude_recent=window)
     ),
@@ -161,5 +162,14 @@ def output_memory(kind: str, window: int, rate: int) -> Callable[[int], CopyMemo
     return partial(CopyMemory, num_entries=window + rate, key_dim=3) if kind == "copy" else None
 
 
-CHOOSING = {"compressed-most_used", "retrieval", "top-k", "top-k-exact", "top-k-entry-bias", "dual", "copy"}
+CHOOSING = {
+    "compressed-most_used",
+    "retrieval",
+    "retrieval-layer",
+    "top-k",
+    "top-k-exact",
+    "top-k-entry-bias",
+    "dual",
+    "copy",
+}
 """Kinds that choose between states or store fewer bits, where rounding in float32 may change the whole result."""
