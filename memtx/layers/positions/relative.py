@@ -109,8 +109,8 @@ class RelativePositions(Positions):
         num_cached = num_keys - num_counted - q.shape[2] if counts is None or num_keys > num_counted else 0
         # Project the distances, or the queries if these are few: both give (q + v) W r.
         batch_size, queries = q.shape[0], q.shape[2]
-        cost = num_distances * self.head_dim * (width + batch_size * queries)
-        is_cheaper = cost <= batch_size * queries * width * (self.head_dim + num_distances)
+        num_products = num_distances * self.head_dim * (width + batch_size * queries)
+        is_cheaper = num_products <= batch_size * queries * width * (self.head_dim + num_distances)
         if is_cheaper or not isinstance(self.distance, nn.Linear):
             embedding = self.distance(r).view(-1, self.heads, self.head_dim).transpose(0, 1)
         else:
