@@ -102,8 +102,7 @@ class MemoryAttention(nn.Module):
     def set_memories(self, memory: Memory[Any], extra_memories: Sequence[Memory[Any]], *, gated_memory: bool) -> None:
         """Replace the layer's memories; arguments as in the constructor."""
         _check_memories(memory, extra_memories, self.heads, self.head_dim)
-        for part in (memory, *extra_memories):
-            self.positions.check_memory(part)
+        self.positions.check_memories(memory, *extra_memories)
         self.memory = memory
         self.extra_memories = nn.ModuleList(extra_memories)
         # Gates of the exact memory's bank, then of each other gated memory, in order.

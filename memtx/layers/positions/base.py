@@ -62,7 +62,7 @@ class Positions(nn.Module):
         """
         return self.apply_absolute(q, position, memo), self.score_bias(plan.offset, plan.visibility.memo)
 
-    def check_memory(self, memory: Memory[Any]) -> None:
+    def check_memories(self, *memories: Memory[Any]) -> None:
         """Raise MemtxError if a memory of the layer cannot be used with these positions."""
 
     def reset_parameters(self, std: float) -> None:

@@ -68,11 +68,12 @@ class RelativePositions(Positions):
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=std)
 
-    def check_memory(self, memory: Memory[Any]) -> None:
-        """Raise MemtxError if the distances of the memory's entries are not known."""
-        if not memory.supports_relative_positions:
-            message = f"RelativePositions cannot count the entries of {type(memory).__name__} with these options."
-            raise MemtxError(message, "Use Rotary or Alibi in its layer.")
+    def check_memories(self, *memories: Memory[Any]) -> None:
+        """Raise MemtxError if the distances of a memory's entries are not known."""
+        for memory in memories:
+            if not memory.supports_relative_positions:
+                message = f"RelativePositions cannot count the entries of {type(memory).__name__} with these options."
+                raise MemtxError(message, "Use Rotary or Alibi in its layer.")
 
     def forward(
         self, q: Tensor, k: Tensor, entry_positions: EntryPositions, segment: Segment
