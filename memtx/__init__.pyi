@@ -18,6 +18,7 @@ from .layers.positions.rotary import Rotary as Rotary
 from .layers.vector_heads import GaussianMixtureHead as GaussianMixtureHead
 from .layers.vector_heads import RegressionHead as RegressionHead
 from .memory.associative import AssociativeMemory as AssociativeMemory
+from .memory.block_recurrent import BlockRecurrentMemory as BlockRecurrentMemory
 from .memory.compressed import CompressedMemory as CompressedMemory
 from .memory.copy_memory import CopyMemory as CopyMemory
 from .memory.ernie_doc import ErnieDocMemory as ErnieDocMemory
@@ -30,6 +31,9 @@ from .memory.rmt import ARMTMemory as ARMTMemory
 from .memory.rmt import RMTMemory as RMTMemory
 from .memory.sinks import SinkMemory as SinkMemory
 from .memory.slots import SlotMemory as SlotMemory
+from .memory.titans import PersistentMemory as PersistentMemory
+from .memory.titans import TitansContextMemory as TitansContextMemory
+from .memory.titans import TitansMemory as TitansMemory
 from .memory.top_k import TopKMemory as TopKMemory
 from .models.encoder import Encoder as Encoder
 from .models.encoder_decoder import EncoderDecoder as EncoderDecoder

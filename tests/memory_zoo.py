@@ -10,6 +10,7 @@ import torch
 
 from memtx.memory.associative import AssociativeMemory
 from memtx.memory.base import Memory
+from memtx.memory.block_recurrent import BlockRecurrentMemory
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.compression import (
     AttentionPooling,
@@ -28,6 +29,7 @@ from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.retrieval import RetrievalMemory
 from memtx.memory.sinks import SinkMemory
 from memtx.memory.slots import SlotMemory
+from memtx.memory.titans import PersistentMemory, TitansContextMemory, TitansMemory
 from memtx.memory.top_k import TopKMemory
 from tests.readme_memory import AverageMemory
 from tests.third_party_memory import RunningMean
@@ -132,6 +134,17 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     ),
     "tokens": with_window(lambda window, rate, length: partial(TokenMemory, num_tokens=2, interval=max(length, 1))),
     "ernie-doc": lambda window, rate, length: partial(ErnieDocMemory, window=window, interval=max(length, 1)),
+    "titans": lambda window, rate, length: [
+        partial(RecurrentMemory, window=window),
+        PersistentMemory,
+        partial(TitansMemory, heads=2, interval=rate + 3),
+    ],
+    "titans-context": with_window(
+        lambda window, rate, length: partial(TitansContextMemory, heads=2, interval=length + 4)
+    ),
+    "block-recurrent": with_window(
+        lambda window, rate, length: partial(BlockRecurrentMemory, num_vectors=3, interval=rate, heads=2)
+    ),
     "third-party": with_window(lambda window, rate, length: RunningMean),
     "readme": with_window(lambda window, rate, length: AverageMemory),
     "copy": lambda window, rate, length: partial(RecurrentMemory, window=window),

@@ -145,6 +145,9 @@ class MemoryAttention(nn.Module):
         attended = self._attend_and_combine(q, k, v, visibility, bank_split, bias, readouts)
         del q, k, v, readouts, projected
         out = self.out(self._apply_output_gate(attended.transpose(1, 2).flatten(2), gate))
+        for index, memory in enumerate(memories):
+            transformed, views[index] = memory.transform_output(views[index], out, segment)
+            out = out if memory.is_hidden else transformed
         next_state, losses = self._write(memories, views, segment, LayerActivations(x, out, self))
         return out, next_state, losses
 
