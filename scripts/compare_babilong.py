@@ -2,9 +2,10 @@
 
     python scripts/compare_babilong.py [--memories NAME ...] [--curricula yes no] [--seconds 300]
 
-Every row trains one small model for the same CPU seconds on one thread, on the answers alone: with a curriculum on 1, 2,
-3, 5 and then 7 segments (Bulatov et al. 2023, section 4, train RMT so), or on 7 from the start. Then it writes answers
-to questions of the test set, hidden in test books, scored as the benchmark does, at the trained length and beyond.
+Every row trains one small model for the same CPU seconds on one thread, on the answers alone: with a curriculum on 1,
+2, 3, 5 and then 7 segments (Bulatov et al. 2023, section 4, train RMT so), or on 7 from the start. Then it writes
+answers to questions of the test set, hidden in test books, scored as the benchmark does, at the trained length and
+beyond.
 
 Rows are saved in --output-dir as soon as they are measured, so the script can be interrupted and restarted; the table
 shows all saved rows. Seconds are CPU seconds.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections import deque
 from functools import partial
@@ -38,7 +40,7 @@ from memtx.memory.rmt import ARMTMemory, RMTMemory
 from memtx.models.memory_transformer import MemoryTransformer
 
 DEPTH = 3
-CURRICULUM = {1: 0.35, 2: 0.5, 3: 0.65, 5: 0.8, 7: 1.0}
+CURRICULUM = {1: 0.4, 2: 0.6, 3: 0.75, 5: 0.88, 7: 1.0}
 """Segments of an episode -> share of the seconds at which the next number follows at the latest."""
 
 LEARNED = 0.9
@@ -63,7 +65,11 @@ def build_stacks(segment_length: int) -> dict[str, list[list[MemoryFactory]]]:
 
 
 def train(
-    model: MemoryTransformer, data: BabilongDataModule, curriculum: dict[int, float], arguments: argparse.Namespace, seed: int
+    model: MemoryTransformer,
+    data: BabilongDataModule,
+    curriculum: dict[int, float],
+    arguments: argparse.Namespace,
+    seed: int,
 ) -> dict[str, Any]:
     """Train a model for ``--seconds`` and leave it in eval mode; returns its steps and training accuracy by length."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -81,7 +87,7 @@ def train(
         batch_size = max(arguments.batch_size // num_segments, arguments.batch_size // 4)
         batch = data.sample_batch(batch_size, num_segments, (seed, TRAINING, 0, step))
         # Warm-up, then a decay to a tenth.
-        scale = min(1.0, (step + 1) / 100) * (1.0 - 0.9 * max(0.0, share - 0.5) / 0.5)
+        scale = min(1.0, (step + 1) / 100) * (1.0 - 0.9 * max(0.0, share - 0.8) / 0.2)
         for group in optimizer.param_groups:
             group["lr"] = arguments.learning_rate * scale
         output = model(batch.tokens, document_starts=batch.document_starts, labels=batch.labels)
@@ -94,7 +100,8 @@ def train(
         recent.append(float((-output.nll.sum(1)).exp().mean()))
         probability[num_segments] = sum(recent) / len(recent)
         if step % 100 == 0:
-            print(f"  {seconds:6.0f} s, step {step}, {num_segments} segments: {probability[num_segments]:.3f}", flush=True)
+            progress = f"{seconds:6.0f} s, step {step}, {num_segments} segments: {probability[num_segments]:.3f}"
+            print(progress, file=sys.stderr)
     model.eval()
     return {"steps": step, "train_seconds": seconds, "answer_probability": probability}
 
@@ -158,7 +165,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     benchmarking.add_size_options(
-        parser, seconds=300, segment_length=64, batch_size=64, dim=64, vocab_size=2048, num_samples=100
+        parser, seconds=300, segment_length=64, batch_size=64, dim=64, vocab_size=1024, num_samples=100
     )
     return parser.parse_args()
 
@@ -174,7 +181,7 @@ def main() -> None:
             for curriculum in arguments.curricula:
                 key = f"{memory}/{curriculum}/{seed}"
                 if key not in rows:
-                    print(key, flush=True)
+                    print(key, file=sys.stderr)
                     row = run_row(memory, curriculum == "yes", seed, arguments)
                     rows[key] = json.loads(json.dumps(row))  # as a restarted script would read them
                     files.write_json(path, rows)

@@ -88,7 +88,9 @@ class SegmentMemory(Memory[S], Generic[S]):
         parts = (*self._read_inputs(state, x)[:num_read], cache[:, cache.shape[1] - num_cached :], x)
         is_text = not isinstance(segment, ReadTokens | WriteTokens)
         hidden = update_cache(cache, x, segment) if is_text else cache
-        return View(parts, entry_positions, next_state=self._next_state(state, x, segment, hidden.to(state.hidden.dtype)))
+        return View(
+            parts, entry_positions, next_state=self._next_state(state, x, segment, hidden.to(state.hidden.dtype))
+        )
 
     def _read_inputs(self, state: S, x: Tensor) -> tuple[Tensor, ...]:
         """Return the layer's inputs at the read tokens, if the memory has them."""
@@ -209,7 +211,7 @@ class ARMTMemory(SegmentMemory[ARMTState]):
         super().__init__(dim, num_tokens, interval, bidirectional)
         check_at_least(1, key_dim=key_dim)
         check_positive(eps=eps)
-        self.key_dim, self.eps = key_dim, eps
+        self.key_dim, self.order, self.eps = key_dim, order, eps
         self.feature_map = DPFPFeatureMap(key_dim, order, normalize=False)
         self.query = Linear(dim, key_dim, bias=False)
         self.key = Linear(dim, key_dim, bias=False)

@@ -5,23 +5,21 @@ A call is cut where a segment of any stream begins or ends. Streams in the middl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from memtx.errors import MemtxError
 from memtx.layers.block import Block
 from memtx.memory.base import Losses
 from memtx.memory.rmt import ARMTMemory, ReadTokens, SegmentMemory, WriteTokens
+from memtx.models.segmented_forward import LayerStates, TokenParts
 from memtx.segment import Segment
 from memtx.state import MemoryState
-
-LayerStates = tuple[tuple[Any, ...], ...]
-RunLayers = Callable[[Tensor, LayerStates, Segment], tuple[list[Tensor], LayerStates, Losses]]
 
 
 @dataclass(frozen=True)
@@ -48,15 +46,15 @@ class SegmentTokens:
         settings = {(type(stack[0]), stack[0].interval, stack[0].extra_repr(), len(stack)) for stack in stacks}
         if not isinstance(first, SegmentMemory) or len(settings) != 1 or len(stacks[0]) != 1:
             message = "Memory tokens go through all layers, but not all have one equal RMTMemory or ARMTMemory alone."
-            raise MemtxError(message, "Give one memory for all layers.")
+            raise MemtxError(message, "Give one memory for all layers; with_memory needs num_sinks=0.")
         return cls(first.num_tokens, first.num_read_tokens, first.interval)
 
     def find_chunk_ends(self, segment: Segment) -> list[int]:
         """Return the offsets at which a segment of any stream ends, or a document's first one begins, and the end."""
         ends = segment.split_offsets(self.interval)
         if segment.length > 1 and segment.has_document_starts:
-            starts: list[int] = (segment.position == 0).any(0).nonzero().flatten().tolist()
-            ends = sorted({*ends, *starts} - {0})
+            first_tokens: list[int] = (segment.position == 0).any(0).nonzero().flatten().tolist()
+            ends = sorted({*ends, *first_tokens} - {0})
         return ends
 
     def input_position(self, position: Tensor) -> Tensor:
@@ -64,106 +62,68 @@ class SegmentTokens:
         return self.num_read_tokens + position % self.interval
 
     def forward(
-        self,
-        run_layers: RunLayers,
-        blocks: Sequence[Block],
-        initial_tokens: Tensor,
-        norm: Callable[[Tensor], Tensor],
-        absolute_positions: nn.Module | None,
-        segment: Segment,
-        x: Tensor,
-        state: MemoryState,
-        document_starts: Tensor | None,
+        self, parts: TokenParts, segment: Segment, x: Tensor, state: MemoryState, document_starts: Tensor | None
     ) -> tuple[list[Tensor], LayerStates, Losses]:
-        """Read a call; returns as ``run_layers`` does.
-
-        Args:
-            run_layers: Function that reads a part of a segment.
-            blocks: The layers.
-            initial_tokens: Learned memory tokens of a document's first segment, ``(num_tokens, dim)``.
-            norm: Norm of the last layer's outputs.
-            absolute_positions: Position embeddings of the model, if it has them.
-            segment: Positions of the call in the documents.
-            x: Embedded tokens, ``(batch, length, dim)``.
-            state: State before the call.
-            document_starts: ``(batch, length)`` bool, True where a document begins; None for nowhere.
-        """
+        """Read a call; arguments and results as in :func:`~memtx.models.segmented_forward.forward_in_chunks`."""
         layers, position, start = state.layers, state.position, 0
         chunks: list[list[Tensor]] = []
         losses: Losses = {}
         for end in self.find_chunk_ends(segment):
             if document_starts is not None:
                 position = position.masked_fill(document_starts[:, start], 0)
-            layers = self._begin_segments(blocks, initial_tokens, absolute_positions, layers, position)
-            part = Segment.from_document_starts(position % self.interval, end - start)
-            hidden, layers, chunk_losses = run_layers(x[:, start:end], layers, part)
+            layers = self._begin_segments(parts, layers, position)
+            chunk = Segment.from_document_starts(position % self.interval, end - start)
+            hidden, layers, chunk_losses = parts.run_layers(x[:, start:end], layers, chunk)
             position = position + (end - start)
-            layers = self._end_segments(blocks, initial_tokens, norm, absolute_positions, layers, position)
+            layers = self._end_segments(parts, layers, position)
             chunks.append(hidden)
             for name, loss in chunk_losses.items():
                 losses[name] = losses.get(name, loss.new_zeros(())) + loss * ((end - start) / x.shape[1])
             start = end
-        joined = [torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)]
+        joined = [torch.cat(pieces, dim=1) for pieces in zip(*chunks, strict=True)]
         # What no later call reads has no gradient; DDP needs one, which is then zero.
-        memories = [parameter for block in blocks for parameter in block.attention.memory.parameters()]
-        joined[-1] = joined[-1] + 0.0 * sum(parameter.sum() for parameter in (initial_tokens, *memories))
+        memories = [parameter for block in parts.blocks for parameter in block.attention.memory.parameters()]
+        joined[-1] = joined[-1] + 0.0 * sum(parameter.sum() for parameter in (parts.tokens, *memories))
         return joined, layers, losses
 
-    def _begin_segments(
-        self,
-        blocks: Sequence[Block],
-        initial_tokens: Tensor,
-        absolute_positions: nn.Module | None,
-        layers: LayerStates,
-        position: Tensor,
-    ) -> LayerStates:
+    def _begin_segments(self, parts: TokenParts, layers: LayerStates, position: Tensor) -> LayerStates:
         """Return the states with fresh ones where a document begins, and read tokens where a segment does."""
-        if not _may_be_true(position % self.interval == 0):
+        begins, is_new = position % self.interval == 0, position == 0
+        if not _may_be_true(begins):
             return layers
-        batch_size, is_new = position.shape[0], position == 0
         like = layers[0][0].hidden
-        fresh = tuple((block.attention.memory.init_state(batch_size, like=like),) for block in blocks)
+        fresh = tuple((block.attention.memory.init_state(like.shape[0], like=like),) for block in parts.blocks)
         layers = _select(is_new, fresh, layers)
         if not self.num_read_tokens:
             return layers
         stored = layers[0][0].tokens
-        tokens = _where(is_new, initial_tokens.to(stored.dtype).expand_as(stored), stored)
-        layers = tuple((replace(states[0], tokens=tokens),) for states in layers)
+        tokens = _where(is_new, parts.tokens.to(stored.dtype).expand_as(stored), stored)
         segment = ReadTokens.from_document_starts(torch.zeros_like(position), self.num_tokens)
-        x = _embed(tokens.to(initial_tokens.dtype), absolute_positions, segment.position)
+        x = _embed(tokens, parts, segment.position)
         updated = []
-        for block, states in zip(blocks, layers, strict=True):
-            x, states, _ = block(x, states, segment)
+        for block, (layer_state,) in zip(parts.blocks, layers, strict=True):
+            x, states, _ = block(x, (replace(layer_state, tokens=tokens),), segment)
             updated.append(states)
-        return _select(position % self.interval == 0, tuple(updated), layers)
+        return _select(begins, tuple(updated), layers)
 
-    def _end_segments(
-        self,
-        blocks: Sequence[Block],
-        initial_tokens: Tensor,
-        norm: Callable[[Tensor], Tensor],
-        absolute_positions: nn.Module | None,
-        layers: LayerStates,
-        position: Tensor,
-    ) -> LayerStates:
+    def _end_segments(self, parts: TokenParts, layers: LayerStates, position: Tensor) -> LayerStates:
         """Return the states with written memory where a segment has just ended."""
         has_ended = position % self.interval == 0
         if not _may_be_true(has_ended):
             return layers
         segment = WriteTokens.from_document_starts(torch.full_like(position, self.interval), self.num_tokens)
         is_rmt = self.num_read_tokens > 0
-        tokens = layers[0][0].tokens if is_rmt else initial_tokens.expand(position.shape[0], -1, -1)
-        x = _embed(tokens.to(initial_tokens.dtype), absolute_positions, self.num_read_tokens + segment.position)
-        updated = []
-        for block, states in zip(blocks, layers, strict=True):
+        tokens = layers[0][0].tokens if is_rmt else parts.tokens.expand(position.shape[0], -1, -1)
+        x = _embed(tokens, parts, self.num_read_tokens + segment.position)
+        updated: list[tuple[Any, ...]] = []
+        for block, states in zip(parts.blocks, layers, strict=True):
             # The states after the memory tokens are dropped: these are not part of the text.
             x, _, _ = block(x, states, segment)
-            if not is_rmt:
-                states = (cast("ARMTMemory", block.attention.memory).write_tokens(states[0], x),)
-            updated.append(states)
+            memory = block.attention.memory
+            updated.append((memory.write_tokens(states[0], x),) if isinstance(memory, ARMTMemory) else states)
         if is_rmt:
-            written = norm(x).to(tokens.dtype)
-            updated = [(replace(states[0], tokens=written),) for states in updated]
+            written = parts.norm(x).to(tokens.dtype)
+            updated = [(replace(layer_state, tokens=written),) for (layer_state,) in updated]
         return _select(has_ended, tuple(updated), layers)
 
 
@@ -174,8 +134,9 @@ def _may_be_true(mask: Tensor) -> bool:
     return bool(mask.any())
 
 
-def _embed(tokens: Tensor, absolute_positions: nn.Module | None, position: Tensor) -> Tensor:
-    return tokens if absolute_positions is None else tokens + absolute_positions(position)
+def _embed(tokens: Tensor, parts: TokenParts, position: Tensor) -> Tensor:
+    tokens = tokens.to(parts.tokens.dtype)
+    return tokens if parts.absolute_positions is None else tokens + parts.absolute_positions(position)
 
 
 def _where(mask: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
