@@ -142,12 +142,9 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
         )
     ),
     "tokens": with_window(lambda window, rate, length: partial(TokenMemory, num_tokens=2, interval=max(length, 1))),
-    "rmt": lambda window, rate, length: partial(RMTMemory, num_tokens=rate, interval=max(length, 1)),
-    "rmt-bidirectional": lambda window, rate, length: partial(
-        RMTMemory, num_tokens=2, interval=max(length, 1), bidirectional=True
-    ),
+    "rmt": lambda window, rate, length: partial(RMTMemory, num_tokens=rate, interval=length + 4),
     "armt": lambda window, rate, length: partial(
-        CalmARMTMemory, num_tokens=rate, interval=max(length, 1), key_dim=3, eps=10.0
+        CalmARMTMemory, num_tokens=rate, interval=length + 4, key_dim=3, eps=10.0
     ),
     "ernie-doc": lambda window, rate, length: partial(ErnieDocMemory, window=window, interval=max(length, 1)),
     "titans": lambda window, rate, length: [
