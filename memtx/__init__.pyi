@@ -23,6 +23,7 @@ from .memory.compressed import CompressedMemory as CompressedMemory
 from .memory.copy_memory import CopyMemory as CopyMemory
 from .memory.ernie_doc import ErnieDocMemory as ErnieDocMemory
 from .memory.gated_delta_net import GatedDeltaNet as GatedDeltaNet
+from .memory.infini import InfiniMemory as InfiniMemory
 from .memory.memory_tokens import TokenMemory as TokenMemory
 from .memory.none import NoMemory as NoMemory
 from .memory.recurrent import RecurrentMemory as RecurrentMemory

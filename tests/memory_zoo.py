@@ -23,6 +23,7 @@ from memtx.memory.compression import (
 from memtx.memory.copy_memory import CopyMemory
 from memtx.memory.ernie_doc import ErnieDocMemory
 from memtx.memory.gated_delta_net import GatedDeltaNet
+from memtx.memory.infini import InfiniMemory
 from memtx.memory.memory_tokens import TokenMemory
 from memtx.memory.parts import DPFPFeatureMap, EluFeatureMap, Gate, ReflectingGate
 from memtx.memory.recurrent import RecurrentMemory
@@ -133,6 +134,7 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "slots": slots(),
     "slots-memformer": slots(write_gate=None, token_shift=False, temperature=0.25),
     "retrieval": with_window(retrieval),
+    "retrieval-layer": with_window(lambda *sizes: partial(retrieval(*sizes), layer_projections=True)),
     "sinks": with_window(
         lambda window, rate, length: partial(SinkMemory, num_sinks=min(length + 1, window + 1), exclude_recent=window)
     ),
@@ -158,6 +160,9 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "block-recurrent": with_window(
         lambda window, rate, length: partial(BlockRecurrentMemory, num_vectors=3, interval=rate, heads=2)
     ),
+    "infini-delta": with_window(
+        lambda window, rate, length: partial(InfiniMemory, heads=2, interval=rate, delta_rule=True)
+    ),
     "third-party": with_window(lambda window, rate, length: RunningMean),
     "readme": with_window(lambda window, rate, length: AverageMemory),
     "copy": lambda window, rate, length: partial(RecurrentMemory, window=window),
@@ -170,5 +175,14 @@ def output_memory(kind: str, window: int, rate: int) -> Callable[[int], CopyMemo
     return partial(CopyMemory, num_entries=window + rate, key_dim=3) if kind == "copy" else None
 
 
-CHOOSING = {"compressed-most_used", "retrieval", "top-k", "top-k-exact", "top-k-entry-bias", "dual", "copy"}
+CHOOSING = {
+    "compressed-most_used",
+    "retrieval",
+    "retrieval-layer",
+    "top-k",
+    "top-k-exact",
+    "top-k-entry-bias",
+    "dual",
+    "copy",
+}
 """Kinds that choose between states or store fewer bits, where rounding in float32 may change the whole result."""

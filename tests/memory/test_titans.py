@@ -234,3 +234,12 @@ def test_padding_does_not_matter_to_persistent_tokens() -> None:
 def test_rejects_invalid_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MemtxError, match=message):
         TitansMemory(DIM, **({"heads": HEADS} | options))
+
+
+def test_a_model_given_the_memory_is_unchanged_at_first() -> None:
+    torch.manual_seed(0)
+    model = MemoryTransformer(11, 8, 2, 2, memories=[partial(RecurrentMemory, window=4)]).double().eval()
+    tokens = torch.randint(11, (2, 12))
+    for memory in (TitansMemory, TitansContextMemory):
+        adapted = model.with_memory([PersistentMemory, partial(memory, heads=2, interval=4)])
+        close(adapted(tokens).logits, model(tokens).logits)
