@@ -113,7 +113,7 @@ def run_row(memory: str, with_curriculum: bool, seed: int, arguments: argparse.N
     length = arguments.segment_length
     data = BabilongDataModule(
         str(arguments.babi_dir), str(arguments.root), tokenizer=BytePairTokenizer(arguments.vocab_size),
-        segment_length=length, seed=seed,
+        segment_length=length, seed=seed, max_trailing=length // 2,
     )  # fmt: skip
     data.prepare_data()
     torch.manual_seed(seed)
