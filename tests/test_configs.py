@@ -86,11 +86,11 @@ COMPRESSIVE: dict[str, Row] = {
 def compressive(section: str, **options: Any) -> dict[str, Row]:
     """Return options of a section of the paper on the Compressive Transformer."""
     paths = {"memory": _MEMORY, "model": "model.model", "scheduler": "model.scheduler"}
-    rows = {}
+    options_by_path = {}
     for path, value in options.items():
         part, _, option = path.partition("__")
-        rows[f"{paths.get(part, part)}.{option}" if option else part] = (value, f"{RAE}, {section}")
-    return rows
+        options_by_path[f"{paths.get(part, part)}.{option}" if option else part] = (value, f"{RAE}, {section}")
+    return options_by_path
 
 
 XLNET = "Yang et al. 2019"

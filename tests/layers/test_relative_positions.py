@@ -56,7 +56,7 @@ def attend(attention: Any, h: Tensor, entries: Tensor) -> Tensor:
     w_r = positions.distance.weight.view(heads, size, -1)
     q = attention.query(h).view(len(h), heads, size)
     k, v = attention.key_value(entries).view(len(entries), 2, heads, size).unbind(1)
-    rows = []
+    outputs = []
     for i in range(len(h)):
         current, out = len(entries) - len(h) + i, []
         for head in range(heads):
@@ -68,8 +68,8 @@ def attend(attention: Any, h: Tensor, entries: Tensor) -> Tensor:
                 c, d = u @ k[j, head], v_bias @ r
                 scores.append((a + b + c + d) / size**0.5)
             out.append(torch.softmax(torch.stack(scores), 0) @ v[: current + 1, head])
-        rows.append(attention.out(torch.cat(out)))
-    return torch.stack(rows)
+        outputs.append(attention.out(torch.cat(out)))
+    return torch.stack(outputs)
 
 
 def plain(model: MemoryTransformer, tokens: Tensor, segment: int) -> tuple[Tensor, Tensor]:
