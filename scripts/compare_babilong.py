@@ -5,7 +5,8 @@
 Every row trains one small model for the same CPU seconds on one thread, on the answers alone: with a curriculum on 1,
 2, 3, 5 and then 7 segments (Bulatov et al. 2023, section 4, train RMT so), or on 7 from the start. Then it writes
 answers to questions of the test set, hidden in test books, scored as the benchmark does, at the trained length and
-beyond.
+beyond. The training stories are new ones of the same world, as in bAbI's set of 10,000 questions, since small models
+learn the 1,000 of the folder by heart.
 
 Rows are saved in --output-dir as soon as they are measured, so the script can be interrupted and restarted; the table
 shows all saved rows. Seconds are CPU seconds.
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
+import re
 import sys
 import time
 from collections import deque
@@ -64,6 +67,28 @@ def build_stacks(segment_length: int) -> dict[str, list[list[MemoryFactory]]]:
     }
 
 
+def write_stories(source: Path, folder: Path, num_stories: int, seed: int) -> None:
+    """Write the test stories of qa1, and random training stories of five questions from the words of the given ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (test,) = source.glob("qa1_*_test.txt")
+    (training,) = source.glob("qa1_*_train.txt")
+    words = re.findall(r"^\d+ (\w+) (.+) (\w+)\.$", training.read_text(), re.MULTILINE)
+    people, moves, rooms = (sorted(set(column)) for column in zip(*words, strict=True))
+    generator, lines = random.Random(seed), []
+    for _ in range(num_stories):
+        room_of: dict[str, str] = {}
+        for number in range(1, 16):
+            if number % 3:
+                person = generator.choice(people)
+                room_of[person] = generator.choice([room for room in rooms if room != room_of.get(person)])
+                lines.append(f"{number} {person} {generator.choice(moves)} {room_of[person]}.")
+            else:
+                person = generator.choice(sorted(room_of))
+                lines.append(f"{number} Where is {person}? \t{room_of[person]}\t1")
+    files.write_text(folder / training.name, "\n".join(lines) + "\n")
+    files.write_text(folder / test.name, test.read_text())
+
+
 def train(
     model: MemoryTransformer,
     data: BabilongDataModule,
@@ -111,9 +136,11 @@ def run_row(memory: str, with_curriculum: bool, seed: int, arguments: argparse.N
     num_segments = max(CURRICULUM)
     curriculum = CURRICULUM if with_curriculum else {num_segments: 1.0}
     length = arguments.segment_length
+    stories_dir = arguments.output_dir / f"stories-{seed}"
+    write_stories(arguments.babi_dir, stories_dir, arguments.num_stories, seed)
     data = BabilongDataModule(
-        str(arguments.babi_dir), str(arguments.root), tokenizer=BytePairTokenizer(arguments.vocab_size),
-        segment_length=length, seed=seed,
+        str(stories_dir), str(arguments.root), tokenizer=BytePairTokenizer(arguments.vocab_size),
+        segment_length=length, seed=seed, max_trailing=length // 2,
     )  # fmt: skip
     data.prepare_data()
     torch.manual_seed(seed)
@@ -165,7 +192,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     benchmarking.add_size_options(
-        parser, seconds=300, segment_length=64, batch_size=64, dim=64, vocab_size=1024, num_samples=100
+        parser,
+        seconds=300,
+        segment_length=64,
+        batch_size=64,
+        dim=64,
+        vocab_size=1024,
+        num_samples=100,
+        num_stories=2000,
     )
     return parser.parse_args()
 
