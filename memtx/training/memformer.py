@@ -38,7 +38,7 @@ class MemformerModule(LanguageModule):
     ) -> None:
         options["measure_memory_gain"] = False  # which compares sources of a memory transformer
         super().__init__(model, vocab_size, segment_length, replay=replay, **options)  # type: ignore[arg-type]
-        longest = cast(Memformer, self.model).segment_length
-        if segment_length > longest:
-            message = f"data.segment_length ({segment_length}) exceeds the model's ({longest})."
+        max_length = cast(Memformer, self.model).segment_length
+        if segment_length > max_length:
+            message = f"data.segment_length ({segment_length}) exceeds the model's ({max_length})."
             raise MemtxError(message, "Set both to the same number.")
