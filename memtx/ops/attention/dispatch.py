@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memtx.errors import MemtxError, check_divisible
 from memtx.ops.attention import banded, flex, reference
-from memtx.ops.attention.bias import AlibiBias, RelativeBias, ScoreBias, bias_requires_grad
+from memtx.ops.attention.bias import AlibiBias, ExpireBias, RelativeBias, ScoreBias, bias_requires_grad
 from memtx.ops.attention.dilation import attend_dilated
 from memtx.ops.attention.mask import SparsePattern, Visibility
 from memtx.ops.cpu import attention
@@ -154,7 +154,7 @@ def _find_unfused_feature(visibility: Visibility, bias: ScoreBias | None, dropou
     """Return a feature of the call that only 'banded' and 'reference' support, or None."""
     if dropout > 0.0:
         return "attention dropout"
-    if isinstance(bias, RelativeBias) or bias_requires_grad(bias):
+    if isinstance(bias, RelativeBias | ExpireBias) or bias_requires_grad(bias):
         return "a learned bias"
     return "global queries or random blocks" if visibility.pattern is not None else None
 
@@ -225,6 +225,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias:
     if visibility.visible_from.shape[0] not in (1, batch_size):
         message = f"The visibility has a batch of {visibility.visible_from.shape[0]}, q of {batch_size}."
         raise MemtxError(message, hint)
+    if isinstance(bias, ExpireBias):
+        bias = bias.base
     if bias is not None and (bias.weight.shape[0], bias.key_offset.shape[-1]) != (heads, keys):
         size = f"{bias.weight.shape[0]} heads and {bias.key_offset.shape[-1]} keys"
         raise MemtxError(f"The bias has {size}, the tensors have {heads} and {keys}.", hint)
