@@ -2,7 +2,7 @@
 
 An entry is fully visible for e_i tokens after its own, then its attention weight falls linearly to 0 within a ramp:
 m_ti = clamp(1 + (e_i - (t - i)) / R, 0, 1), and weights are normalized after the factor. So spans learn from the
-entries under the ramp alone. Expired entries are not attended to, but the cache has a fixed size: states keep their shapes.
+entries under the ramp alone. Expired entries are not attended to, but the cache has a fixed size, as all states have.
 """
 
 from __future__ import annotations
