@@ -136,6 +136,7 @@ class MemoryAttention(nn.Module):
         readouts = self._readouts(views, q)
         entry_positions = views[0].entry_positions
         q, k, bias = self.positions(q, k, entry_positions, segment)
+        bias = bias if (extend_bias := views[0].extend_bias) is None else extend_bias(bias)
         if views[0].key_bias is not None:
             q, k, v = append_key_bias(q, k, v, views[0].key_bias, self.head_dim**-0.5)
         visibility = entry_positions.visibility

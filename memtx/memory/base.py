@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
 from memtx.errors import MemtxError
+from memtx.ops.attention.bias import ScoreBias
 from memtx.ops.attention.mask import BankSplit, Visibility
 from memtx.ops.attention.scores import EntryCounts
 from memtx.segment import Segment
@@ -82,6 +84,7 @@ class View:
     next_state: Any = None
     losses: Losses = field(default_factory=dict)
     key_bias: Tensor | None = None
+    extend_bias: Callable[[Any], ScoreBias] | None = None
 
     @classmethod
     def readout_only(cls, segment: Segment, context: Any, next_state: Any = None, losses: Losses | None = None) -> View:

@@ -1,4 +1,4 @@
-"""Additive score biases: linear in distance (ALiBi), learned per distance (T5), by query (Transformer-XL), or per key.
+"""Additive score biases: by distance (ALiBi, T5), by query and distance (Transformer-XL), by key (Expire-Span).
 
 Distance is the query's offset minus the key's: positive for the past.
 """
@@ -99,7 +99,42 @@ class RelativeBias:
         return self.table[heads.view(-1, *(1,) * (distance.dim() - 2)), index]
 
 
-ScoreBias = AlibiBias | RelativeBias | DistanceScores
+@dataclass(frozen=True, eq=False)
+class ExpireBias:
+    """The logarithm of each key's factor beyond its span, besides another bias (Expire-Span, Sukhbaatar et al. 2021).
+
+    At a distance of d from a key of span e the factor is 1 + (e - d) / ramp, between 0 and 1.
+
+    Attributes:
+        spans: ``(batch, keys)``.
+        key_offset: ``(batch or 1, keys)``, offsets of the keys.
+        ramp: Distance within which a key fades.
+        base: The other bias, or None.
+    """
+
+    spans: Tensor
+    key_offset: Tensor
+    ramp: int
+    base: AlibiBias | RelativeBias | DistanceScores | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The tensor that may be learned."""
+        return self.spans
+
+    def compute_block(self, query_range: tuple[int, int], key_range: tuple[int, int]) -> Tensor:
+        """Return the bias for a block of queries and keys, ``(batch, heads or 1, queries, keys)``."""
+        keys = slice(*key_range)
+        offset = torch.arange(*query_range, device=self.spans.device)[None, :, None]
+        distance = (offset - self.key_offset[:, None, keys]).to(self.spans.dtype)
+        factor = 1.0 + (self.spans[:, None, keys] - distance) / self.ramp
+        bias = factor.clamp(torch.finfo(factor.dtype).eps, 1.0).log()[:, None]
+        return (
+            bias if self.base is None else bias + compute_block_bias(self.base, query_range, key_range).to(bias.dtype)
+        )
+
+
+ScoreBias = AlibiBias | RelativeBias | DistanceScores | ExpireBias
 """Added to the scaled scores."""
 
 
@@ -128,7 +163,7 @@ def is_unfused(bias: ScoreBias | None) -> bool:
 
 def compute_block_bias(bias: ScoreBias, query_range: tuple[int, int], key_range: tuple[int, int]) -> Tensor:
     """Return the bias for a block of queries and keys, ``(batch or 1, heads, queries, keys)``."""
-    if isinstance(bias, DistanceScores):
+    if isinstance(bias, DistanceScores | ExpireBias):
         return bias.compute_block(query_range, key_range)
     offset = torch.arange(*query_range, device=bias.key_offset.device, dtype=bias.key_offset.dtype)
     distance = offset[None, :, None] - bias.key_offset[:, None, key_range[0] : key_range[1]]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memtx.errors import MemtxError, check_divisible
 from memtx.ops.attention import banded, flex, reference
-from memtx.ops.attention.bias import AlibiBias, RelativeBias, ScoreBias, is_unfused
+from memtx.ops.attention.bias import AlibiBias, ExpireBias, RelativeBias, ScoreBias, is_unfused
 from memtx.ops.attention.dilation import attend_dilated
 from memtx.ops.attention.mask import SparsePattern, Visibility
 from memtx.ops.attention.scores import DistanceScores
@@ -160,7 +160,7 @@ def _find_unfused_feature(visibility: Visibility, bias: ScoreBias | None, dropou
         return "attention dropout"
     if isinstance(bias, DistanceScores):
         return "relative positions"
-    if isinstance(bias, RelativeBias) or is_unfused(bias):
+    if isinstance(bias, RelativeBias | ExpireBias) or is_unfused(bias):
         return "a learned bias"
     return "global queries or random blocks" if visibility.pattern is not None else None
 
@@ -231,6 +231,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias:
     if visibility.visible_from.shape[0] not in (1, batch_size):
         message = f"The visibility has a batch of {visibility.visible_from.shape[0]}, q of {batch_size}."
         raise MemtxError(message, hint)
+    if isinstance(bias, ExpireBias):
+        bias = bias.base
     if bias is not None and (bias.heads, bias.num_keys) != (heads, keys):
         size = f"{bias.heads} heads and {bias.num_keys} keys"
         raise MemtxError(f"The bias has {size}, the tensors have {heads} and {keys}.", hint)
