@@ -10,6 +10,7 @@ import torch
 
 from memtx.memory.associative import AssociativeMemory
 from memtx.memory.base import Memory
+from memtx.memory.block_recurrent import BlockRecurrentMemory
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.compression import (
     AttentionPooling,
@@ -22,12 +23,14 @@ from memtx.memory.compression import (
 from memtx.memory.copy_memory import CopyMemory
 from memtx.memory.ernie_doc import ErnieDocMemory
 from memtx.memory.gated_delta_net import GatedDeltaNet
+from memtx.memory.infini import InfiniMemory
 from memtx.memory.memory_tokens import TokenMemory
 from memtx.memory.parts import DPFPFeatureMap, EluFeatureMap, Gate, ReflectingGate
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.retrieval import RetrievalMemory
 from memtx.memory.sinks import SinkMemory
 from memtx.memory.slots import SlotMemory
+from memtx.memory.titans import PersistentMemory, TitansContextMemory, TitansMemory
 from memtx.memory.top_k import TopKMemory
 from tests.readme_memory import AverageMemory
 from tests.third_party_memory import RunningMean
@@ -122,6 +125,7 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "slots": slots(),
     "slots-memformer": slots(write_gate=None, token_shift=False, temperature=0.25),
     "retrieval": with_window(retrieval),
+    "retrieval-layer": with_window(lambda *sizes: partial(retrieval(*sizes), layer_projections=True)),
     "sinks": with_window(
         lambda window, rate, length: partial(SinkMemory, num_sinks=min(length + 1, window + 1), exclude_recent=window)
     ),
@@ -132,6 +136,20 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     ),
     "tokens": with_window(lambda window, rate, length: partial(TokenMemory, num_tokens=2, interval=max(length, 1))),
     "ernie-doc": lambda window, rate, length: partial(ErnieDocMemory, window=window, interval=max(length, 1)),
+    "titans": lambda window, rate, length: [
+        partial(RecurrentMemory, window=window),
+        PersistentMemory,
+        partial(TitansMemory, heads=2, interval=rate + 3),
+    ],
+    "titans-context": with_window(
+        lambda window, rate, length: partial(TitansContextMemory, heads=2, interval=length + 4)
+    ),
+    "block-recurrent": with_window(
+        lambda window, rate, length: partial(BlockRecurrentMemory, num_vectors=3, interval=rate, heads=2)
+    ),
+    "infini-delta": with_window(
+        lambda window, rate, length: partial(InfiniMemory, heads=2, interval=rate, delta_rule=True)
+    ),
     "third-party": with_window(lambda window, rate, length: RunningMean),
     "readme": with_window(lambda window, rate, length: AverageMemory),
     "copy": lambda window, rate, length: partial(RecurrentMemory, window=window),
@@ -144,5 +162,14 @@ def output_memory(kind: str, window: int, rate: int) -> Callable[[int], CopyMemo
     return partial(CopyMemory, num_entries=window + rate, key_dim=3) if kind == "copy" else None
 
 
-CHOOSING = {"compressed-most_used", "retrieval", "top-k", "top-k-exact", "top-k-entry-bias", "dual", "copy"}
+CHOOSING = {
+    "compressed-most_used",
+    "retrieval",
+    "retrieval-layer",
+    "top-k",
+    "top-k-exact",
+    "top-k-entry-bias",
+    "dual",
+    "copy",
+}
 """Kinds that choose between states or store fewer bits, where rounding in float32 may change the whole result."""

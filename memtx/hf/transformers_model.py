@@ -21,6 +21,7 @@ from memtx.hf import exported
 from memtx.hf.memory_cache import MemoryCache, check_cache
 from memtx.hf.padding import PaddedBatch, read_masks
 from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.vocabulary import resize_vocabulary
 from memtx.ops.cross_entropy import IGNORE_INDEX
 
 CACHE_NAME = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values"))
@@ -72,15 +73,18 @@ class MemtxForCausalLM(transformers.PreTrainedModel, GenerationMixin):  # type: 
             # transformers builds on the meta device and would lose the values of buffers that it does not store.
             with torch.device("cpu"):
                 model = class_config.from_config(config.memtx)()
-        self.model = exported.check_language_model(model)
-        prefix = exported.PREFIX
+        self._set_model(exported.check_language_model(model))
+        self.post_init()
+
+    def _set_model(self, model: MemoryTransformer) -> None:
+        """Take a model, and note which of its weights are tied and which buffers are not stored."""
+        self.model, prefix = model, exported.PREFIX
         self._tied_weights_keys = {
             prefix + alias: prefix + name for alias, name in exported.tied_aliases(model).items()
         }
-        config.tie_word_embeddings = bool(self._tied_weights_keys)
+        self.config.tie_word_embeddings = bool(self._tied_weights_keys)
         stored = self.state_dict().keys()
         self._constants = {name: buffer.clone() for name, buffer in self.named_buffers() if name not in stored}
-        self.post_init()
 
     @classmethod
     def wrap(cls, model: MemoryTransformer, *, segment_length: int = exported.SEGMENT_LENGTH, **options: Any) -> Self:
@@ -136,11 +140,28 @@ class MemtxForCausalLM(transformers.PreTrainedModel, GenerationMixin):  # type: 
         """Return the head."""
         return self.model.head
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> nn.Module:
-        """Return the embedding; raises MemtxError for another size."""
-        if new_num_tokens not in (None, self.config.vocab_size):
-            message = f"The vocabulary of {self.config.vocab_size} tokens cannot be resized to {new_num_tokens}."
-            raise MemtxError(message, "Use the tokenizer of the folder, without added tokens.")
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Change the vocabulary and return the new embedding; weights of new tokens are the mean of the others.
+
+        Args:
+            new_num_tokens: Number of tokens. None keeps it.
+            pad_to_multiple_of: The number is raised to a multiple of it.
+            mean_resizing: Must be True.
+
+        Raises:
+            MemtxError: ``mean_resizing`` is False, or a number is not positive.
+        """
+        vocab_size: int = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        multiple = 1 if pad_to_multiple_of is None else pad_to_multiple_of
+        check_at_least(1, new_num_tokens=vocab_size, pad_to_multiple_of=multiple)
+        if not mean_resizing:
+            raise MemtxError("mean_resizing is False, which is not supported.", "Remove it.")
+        vocab_size = -(-vocab_size // multiple) * multiple
+        if vocab_size != self.config.vocab_size:
+            self._set_model(resize_vocabulary(self.model, vocab_size))
+            self.config.memtx, self.config.vocab_size = self.model.config, vocab_size
         return self.get_input_embeddings()
 
     def forward(

@@ -145,6 +145,7 @@ class MemoryAttention(nn.Module):
         attended = self._attend_and_combine(q, k, v, visibility, bank_split, bias, readouts)
         del q, k, v, readouts, projected
         out = self.out(self._apply_output_gate(attended.transpose(1, 2).flatten(2), gate))
+        out = self._transform_output(memories, views, out, segment)
         next_state, losses = self._write(memories, views, segment, LayerActivations(x, out, self))
         return out, next_state, losses
 
@@ -210,6 +211,20 @@ class MemoryAttention(nn.Module):
         )
         # A key bias adds a column to the heads.
         return out if out.shape[-1] == self.head_dim else out[..., : self.head_dim], lse
+
+    def _transform_output(
+        self, memories: Sequence[Memory[Any]], views: list[View], out: Tensor, segment: Segment
+    ) -> Tensor:
+        """Return the output as the memories change it, by the mean of their gates if the layer has any; set views."""
+        gates, gate_index = self.gate, int(self.memory.has_bank)
+        for index, memory in enumerate(memories):
+            transformed, views[index] = memory.transform_output(views[index], out, segment)
+            if gates is not None and index and memory.needs_gate:
+                if transformed is not out:
+                    transformed = torch.lerp(out, transformed, gates[gate_index].tanh().mean().to(out.dtype))
+                gate_index += 1
+            out = out if memory.is_hidden else transformed
+        return out
 
     def _write(
         self, memories: Sequence[Memory[Any]], views: Sequence[View], segment: Segment, activations: LayerActivations

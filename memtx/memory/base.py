@@ -177,6 +177,13 @@ class Memory(nn.Module, ABC, Generic[S]):
     def read(self, state: S, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Open the memory in its state after the previous segment, for attention inputs x ``(batch, length, dim)``."""
 
+    def transform_output(self, view: View, outputs: Tensor, segment: Segment) -> tuple[Tensor, View]:
+        """Return attention's outputs, ``(batch, length, dim)``, as the memory changes them, and its view for ``write``.
+
+        By default, they stay the same.
+        """
+        return outputs, view
+
     def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[S, Losses]:
         """Close the memory: return the next state and the auxiliary losses; ``view`` is the segment's from ``read``.
 

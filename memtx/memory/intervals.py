@@ -7,6 +7,7 @@ content each. Queries meet the previous version, the chunk's own, and the initia
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtx.memory.base import Readout
+from memtx.memory.parts import gather_entries
 from memtx.ops.attention.reference import softmax_attention
 from memtx.segment import Segment
 
@@ -111,3 +113,60 @@ class IntervalPlan:
             open_continues=open_length > length,
             open_is_empty=open_length == 0,
         )
+
+
+@dataclass(frozen=True)
+class IntervalRuns:
+    """The runs of a call's tokens within one interval of one document, in order; shared by layers of equal settings.
+
+    A memory that is constant within an interval is computed run by run, all streams at once. A write can wait for the
+    first run of the next interval, so that only its sums are carried while an interval is open. Streams with fewer runs
+    have empty ones at the end.
+
+    Attributes:
+        token_index: Offsets of each run's tokens, ``(batch, runs, tokens)`` int64.
+        token_mask: True for a run's tokens, ``(batch, runs, tokens)`` bool.
+        run_index: Index of each of the call's tokens in [runs * tokens], ``(batch, length)`` int64.
+        starts_document: Runs that begin with a document's first token, ``(batch, runs)`` bool.
+        starts_interval: Runs that begin with an interval's first token, ``(batch, runs)`` bool.
+    """
+
+    token_index: Tensor
+    token_mask: Tensor
+    run_index: Tensor
+    starts_document: Tensor
+    starts_interval: Tensor
+
+    @classmethod
+    def from_segment(cls, segment: Segment, interval: int) -> IntervalRuns:
+        """Find the runs of a call in intervals of ``interval`` tokens."""
+        length, position = segment.length, segment.position
+        num_tokens = min(interval, length)
+        # As many as a stream without document starts can have, so that shapes do not depend on the position.
+        num_runs = (length + interval - 2) // interval + 1
+        offset = torch.arange(length, device=position.device)
+        starts_run = (position % interval == 0) | (offset == 0)
+        run = starts_run.cumsum(1) - 1
+        if segment.has_document_starts:
+            num_runs = max(num_runs, int(run.max()) + 1)
+        runs = torch.arange(num_runs, device=position.device).expand(position.shape[0], -1).contiguous()
+        start = torch.searchsorted(run, runs)
+        size = torch.searchsorted(run, runs, right=True) - start
+        index = torch.arange(num_tokens, device=position.device)
+        first = start.clamp(max=length - 1)
+        first_position = position.gather(1, first)
+        return cls(
+            token_index=(start[..., None] + index).clamp(max=length - 1),
+            token_mask=index < size[..., None],
+            run_index=run * num_tokens + offset - start.gather(1, run),
+            starts_document=(size > 0) & (first_position == 0),
+            starts_interval=(size > 0) & (first_position % interval == 0),
+        )
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return x ``(batch, length, dim)`` by run, each ``(batch, tokens, dim)``."""
+        return gather_entries(x, self.token_index).unbind(1)
+
+    def join(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Return outputs by run, each ``(batch, tokens, dim)``, for the call's tokens, ``(batch, length, dim)``."""
+        return gather_entries(torch.cat(list(outputs), dim=1), self.run_index)

@@ -3,7 +3,8 @@
 As in Wu et al. 2022, section 3.1, every head finds its ``top_k`` nearest keys, weighs their values by a softmax, and a
 learned gate per head mixes the result with the layer's attention. Keys and queries have unit length, so that old keys
 stay comparable with new ones while the weights learn (section 3.2). The paper stores whole segments; here a token
-enters the store when it is ``exclude_recent`` tokens old, so results do not depend on segmentation.
+enters the store when it is ``exclude_recent`` tokens old, so results do not depend on segmentation. As published, the
+layer's own keys and values are stored, without gradients (``layer_projections``).
 """
 
 from __future__ import annotations
@@ -199,12 +200,15 @@ class RetrievalMemory(Memory[RetrievalState]):
         top_k: Keys that each head takes per query.
         exclude_recent: Age in tokens at which a token enters the store; attention covers the younger ones, so the
             layer's window is a good choice.
-        heads: Heads that search independently.
-        token_shift: If True, keys mix each token with the previous one, so that a key finds its successor.
+        heads: Heads that search independently; those of the layer with ``layer_projections``.
+        token_shift: If True, keys mix each token with the previous one, so that a key finds its successor. Defaults to
+            True for keys of the memory's own.
         knn_index: Factory of the search: ``ExactIndex``, or ``FaissIndex``, which may miss some keys in large stores.
+        layer_projections: If True, search with the layer's queries and store its keys and values, all without
+            positions, and no gradient reaches what is stored (sections 3.1 and 3.2).
 
     Raises:
-        MemtxError: A number is out of range, or dim is not divisible by heads.
+        MemtxError: A number is out of range, dim is not divisible by heads, or the layer's keys shall be shifted.
     """
 
     unbounded = False
@@ -217,8 +221,9 @@ class RetrievalMemory(Memory[RetrievalState]):
         top_k: int = 32,
         exclude_recent: int = 512,
         heads: int = 4,
-        token_shift: bool = True,
+        token_shift: bool | None = None,
         knn_index: Callable[[], KnnIndex] = ExactIndex,
+        layer_projections: bool = False,
     ) -> None:
         super().__init__(dim)
         check_at_least(1, capacity=capacity, top_k=top_k, exclude_recent=exclude_recent)
@@ -230,12 +235,18 @@ class RetrievalMemory(Memory[RetrievalState]):
         self.depends_on_segmentation = self.knn_index.is_approximate
         self.heads = heads
         self.cache_length = capacity + exclude_recent - 1
-        self.query, self.key, self.value = (Linear(dim, dim, bias=False) for _ in range(3))
+        if layer_projections and token_shift:
+            message = "token_shift is True with layer_projections, which take the layer's keys as they are."
+            raise MemtxError(message, "Remove one of the two.")
+        self.layer_projections = layer_projections
+        if not layer_projections:
+            self.query, self.key, self.value = (Linear(dim, dim, bias=False) for _ in range(3))
         # Products of unit-length keys and queries are initially multiplied by 10.
         self.log_scale = nn.Parameter(torch.full((heads,), math.log(10.0)))
         # Nearly closed: untrained neighbors would otherwise replace half of the attention from the first step on.
         self.mix_gate = nn.Parameter(torch.full((heads,), -3.0))
-        self.token_shift = TokenShift(dim) if token_shift else None
+        shifts = token_shift if token_shift is not None else not layer_projections
+        self.token_shift = TokenShift(dim) if shifts else None
 
     def init_state(self, batch_size: int, *, like: Tensor) -> RetrievalState:
         """Return an empty store."""
@@ -246,9 +257,13 @@ class RetrievalMemory(Memory[RetrievalState]):
         """Open [store | segment]."""
         settings = (self.cache_length, self.capacity, self.exclude_recent)
         window = segment.memo((RetrievalMemory, *settings), lambda: sliding_window(segment, *settings))
-        shifted = self.token_shift(x, state.last_input, segment) if self.token_shift is not None else x
-        queries, new_keys = (self._normalize_heads(y).to(x.dtype) for y in (self.query(x), self.key(shifted)))
-        old_keys, old_values, new_values = state.keys.to(x.dtype), state.values.to(x.dtype), self.value(x).to(x.dtype)
+        if self.layer_projections:
+            parts = self._project_by_layer(x, attention)
+        else:
+            shifted = self.token_shift(x, state.last_input, segment) if self.token_shift is not None else x
+            parts = self.query(x), self.key(shifted), self.value(x)
+        queries, new_keys = (self._normalize_heads(part).to(x.dtype) for part in parts[:2])
+        old_keys, old_values, new_values = state.keys.to(x.dtype), state.values.to(x.dtype), parts[2].to(x.dtype)
         keys, values = torch.cat([old_keys, new_keys], dim=1), torch.cat([old_values, new_values], dim=1)
         next_state = RetrievalState(
             update_cache(old_keys, new_keys, segment),
@@ -268,6 +283,14 @@ class RetrievalMemory(Memory[RetrievalState]):
         # Attention keeps its full share where nothing was retrieved.
         gate = torch.sigmoid(self.mix_gate).repeat_interleave(self.dim // self.heads) * has_match
         return Readout(split_heads(out, heads), gate=split_heads(gate, heads))
+
+    def _project_by_layer(self, x: Tensor, attention: ContentAttention) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the layer's queries, keys and values of x, each ``(batch, length, dim)``, the last two detached."""
+        q, k, v = (attention.project(x, name, frozen=False) for name in ("query", "key", "value"))
+        if q.shape[2] != self.heads:
+            message = f"heads is {self.heads} for a layer with {q.shape[2]} heads, whose projections it takes."
+            raise MemtxError(message, f"Give RetrievalMemory heads: {q.shape[2]}.")
+        return q.flatten(2), k.detach().flatten(2), v.detach().flatten(2)
 
     def _normalize_heads(self, x: Tensor) -> Tensor:
         """Normalize each head's part of x ``(batch, length, dim)`` to unit length."""

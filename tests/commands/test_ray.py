@@ -26,6 +26,7 @@ from memtx.errors import DataError, MemtxError
 from tests.commands.program import Program
 from tests.commands.runs import changed, write, write_books
 from tests.commands.test_prepare import ENVIRONMENT, corpus, files  # noqa: F401
+from tests.test_scripts import SCRIPTS
 
 
 class FakeRay:
@@ -157,7 +158,7 @@ def ray_command(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes
     processes: list[subprocess.Popen[bytes]] = []
 
     def start(*argv: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "memtx", *argv, "--engine", "ray"]
+        command = [sys.executable, *argv]
         environment = {name: value for name, value in ENVIRONMENT.items() if name != "RAY_ADDRESS"}
         processes.append(subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE))
         return processes[-1]
@@ -191,27 +192,39 @@ def wait_until(condition: Callable[[], Any], process: subprocess.Popen[bytes], s
     return value
 
 
+ENGINE = ("-m", "memtx", "fit", "--config", "c.yaml", "--engine", "ray")
+RAY_TRAIN = (str(SCRIPTS / "ray_train.py"), "--", "--config", "c.yaml", "--run_dir", "run")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("argv", "title"), [(ENGINE, "FitWorker"), (RAY_TRAIN, "RayTrainWorker")])
 def test_a_killed_worker_does_not_change_a_run(
-    program: Program, tmp_path: Path, ray_command: Callable[..., subprocess.Popen[bytes]]
+    program: Program,
+    tmp_path: Path,
+    ray_command: Callable[..., subprocess.Popen[bytes]],
+    argv: tuple[str, ...],
+    title: str,
 ) -> None:
+    if argv is RAY_TRAIN:
+        pytest.importorskip("pandas", reason="Ray Train's packages are not installed (pip install 'ray[train]')")
+        pytest.importorskip("pyarrow", reason="Ray Train's packages are not installed (pip install 'ray[train]')")
     write_books(tmp_path / "books")
     config = changed(("trainer", "devices"), 2, changed(("trainer", "max_steps"), 400))
     config = changed(("trainer", "val_check_interval"), 100, {**config, "checkpoint": {"every_n_train_steps": 5}})
     write(tmp_path, config)
     result = program("fit", "--config", "c.yaml", "--run_dir", "torchrun", cwd=tmp_path, ranks=2)
     assert result.code == 0, result.err
-    process = ray_command("fit", "--config", "c.yaml")
+    process = ray_command(*argv)
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     for _ in range(2):
         earlier = last.stat().st_mtime_ns if last.exists() else 0
         wait_until(lambda: last.exists() and last.stat().st_mtime_ns > earlier, process)  # noqa: B023
-        find_workers(process, "FitWorker")[-1].kill()
-        wait_until(lambda: len(find_workers(process, "FitWorker")) < 2, process)
+        find_workers(process, title)[-1].kill()
+        wait_until(lambda: len(find_workers(process, title)) < 2, process)
     _, err = process.communicate(timeout=500)
     assert process.returncode == 0, err.decode()
-    assert b"restart 2 of 3" in err
+    assert argv is RAY_TRAIN or b"restart 2 of 3" in err
     expected, actual = (read_checkpoint(tmp_path / run / "checkpoints" / "last.ckpt") for run in ("torchrun", "run"))
     assert actual["global_step"] == expected["global_step"] == 400
     for name, weight in expected["state_dict"].items():
@@ -230,7 +243,9 @@ def test_a_killed_worker_does_not_change_the_shards(
 ) -> None:
     result = program("prepare", str(corpus), "--output-dir", "alone", "--num-workers", "1", cwd=tmp_path)
     assert result.code == 0, result.err
-    process = ray_command("prepare", str(corpus), "--output-dir", "out", "--num-workers", "2")
+    process = ray_command(
+        "-m", "memtx", "prepare", str(corpus), "--output-dir", "out", "--num-workers", "2", "--engine", "ray"
+    )
     building = tmp_path / ".out.building"
     for count in (1, 4):
         wait_until(lambda: len(list(building.glob("train/*.json"))) >= count, process)  # noqa: B023

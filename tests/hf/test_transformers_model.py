@@ -233,6 +233,29 @@ def test_padding_changes_nothing(wrapped: Any) -> None:
     torch.testing.assert_close(logits[:, 51:], wrapped(texts[2]).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["compressed", "untied", "copy", "transformer-xl", "adaptive"])
+def test_the_vocabulary_is_resized(kind: str, tmp_path: Path) -> None:
+    from memtx.hf.transformers_model import MemtxForCausalLM
+
+    wrapped = MemtxForCausalLM.wrap(create(kind), segment_length=SEGMENT_LENGTH)
+    with torch.no_grad():
+        before = wrapped(ids()).logits
+        table = wrapped.resize_token_embeddings(260, pad_to_multiple_of=8)
+        after = wrapped(ids()).logits
+    assert table is wrapped.get_input_embeddings()
+    assert after.shape[-1] == wrapped.config.vocab_size == 264
+    if kind in ("compressed", "untied"):  # the others return log-probabilities, which new tokens lower
+        torch.testing.assert_close(after[..., :257], before)
+        torch.testing.assert_close(after[..., 263], before.mean(-1))
+    wrapped.save_pretrained(tmp_path / "hf")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    prompt = torch.tensor([[263, 5, 262]])
+    with torch.no_grad():
+        torch.testing.assert_close(again(prompt).logits, wrapped(prompt).logits)
+        wrapped.resize_token_embeddings(257)
+        torch.testing.assert_close(wrapped(ids()).logits, before)
+
+
 def test_unsupported_requests_are_refused_in_one_line(wrapped: Any, tmp_path: Path) -> None:
     mask = torch.ones(2, 60, dtype=torch.long)
     gap, right = mask.clone(), mask.clone()
@@ -245,7 +268,8 @@ def test_unsupported_requests_are_refused_in_one_line(wrapped: Any, tmp_path: Pa
         ("cannot be cropped", lambda: cache.crop(-1)),
         ("holds no keys", lambda: cache.update(torch.zeros(1), torch.zeros(1), 0)),
         ("output_attentions", lambda: wrapped(ids(), output_attentions=True)),
-        ("cannot be resized", lambda: wrapped.resize_token_embeddings(300)),
+        ("mean_resizing is False", lambda: wrapped.resize_token_embeddings(300, mean_resizing=False)),
+        ("new_num_tokens is 0", lambda: wrapped.resize_token_embeddings(0)),
         ("has 300, but the model has 257", lambda: wrapped(torch.full((1, 3), 300))),
         ("DynamicCache", lambda: wrapped(ids(), cache=transformers.DynamicCache())),
         ("Both cache", lambda: wrapped(ids(), cache=cache, past_key_values=wrapped(ids()).cache)),

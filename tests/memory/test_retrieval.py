@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from memtx.errors import MemtxError
+from memtx.layers.attention import MemoryAttention
+from memtx.layers.positions.base import NoPositions
 from memtx.memory import retrieval
+from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.retrieval import RetrievalMemory
 from memtx.segment import Segment
 
@@ -128,9 +131,53 @@ def test_gradients_reach_retrieved_tokens_only() -> None:
     assert 11 in set(grad[0].abs().sum(-1).nonzero().flatten().tolist()), "the query must learn"
 
 
+@given(seed=st.integers(0, 999), top_k=st.integers(1, 5), n=st.integers(1, 20), exclude_recent=st.integers(1, 6))
+@settings(deadline=None, max_examples=25)
+def test_the_layer_with_its_own_keys_matches_the_equations(seed: int, top_k: int, n: int, exclude_recent: int) -> None:
+    """Memorizing Transformers, section 3.1: local attention and the nearest keys, mixed by a gate per head."""
+    torch.manual_seed(seed)
+    memory = RetrievalMemory(DIM, 6, top_k, exclude_recent, HEADS, layer_projections=True)
+    torch.nn.init.normal_(memory.mix_gate)
+    window = RecurrentMemory(DIM, exclude_recent)
+    layer = MemoryAttention(DIM, HEADS, HEADS, window, NoPositions(HEADS, HEAD_DIM), extra_memories=[memory]).double()
+    x, expected = torch.randn(1, n, DIM, dtype=torch.float64), []
+    state = tuple(part.init_state(1, like=x) for part in layer.memories)
+    with torch.no_grad():
+        out, _, _ = layer(x, state, Segment.from_document_starts(torch.zeros(1, dtype=torch.int64), n))
+        k, v = (part.view(n, HEADS, HEAD_DIM) for part in layer.key_value(x[0]).chunk(2, dim=-1))
+        q = layer.query(x[0]).view(n, HEADS, HEAD_DIM)
+        for i in range(n):
+            heads, first = [], max(0, i - exclude_recent + 1)
+            for h in range(HEADS):
+                local = torch.softmax(k[first : i + 1, h] @ q[i, h] * HEAD_DIM**-0.5, 0) @ v[first : i + 1, h]
+                stored = range(max(0, first - 6), first)
+                scores = {j: torch.cosine_similarity(q[i, h], k[j, h], dim=0) for j in stored}
+                nearest = sorted(scores, key=lambda j: -float(scores[j]))[:top_k]
+                if nearest:
+                    weights = torch.softmax(torch.stack([scores[j] for j in nearest]) * memory.log_scale[h].exp(), 0)
+                    g = torch.sigmoid(memory.mix_gate[h])
+                    local = g * (weights @ torch.stack([v[j, h] for j in nearest])) + (1 - g) * local
+                heads.append(local)
+            expected.append(layer.out(torch.cat(heads)))
+    close(out[0], torch.stack(expected))
+
+
+def test_no_gradient_reaches_what_the_layer_has_stored() -> None:
+    memory = RetrievalMemory(DIM, 20, 2, exclude_recent=1, heads=HEADS, layer_projections=True)
+    layer = MemoryAttention(
+        DIM, HEADS, HEADS, RecurrentMemory(DIM, 1), NoPositions(HEADS, HEAD_DIM), extra_memories=[memory]
+    )
+    x = torch.randn(1, 12, DIM, requires_grad=True)
+    state = tuple(part.init_state(1, like=x) for part in layer.memories)
+    out, _, _ = layer(x, state, Segment.from_document_starts(torch.zeros(1, dtype=torch.int64), 12))
+    (grad,) = torch.autograd.grad(out[0, -1].sum(), x)
+    assert set(grad[0].abs().sum(-1).nonzero().flatten().tolist()) == {11}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"token_shift": True, "layer_projections": True, "heads": HEADS}, "token_shift is True with"),
         ({"capacity": 0}, "capacity is 0"),
         ({"top_k": 0}, "top_k is 0"),
         ({"exclude_recent": 0}, "exclude_recent is 0"),
