@@ -3,7 +3,7 @@
     python scripts/measure_distillation.py [--data FOLDER] [--output-dir runs/distillation] [--seeds 0 1 2]
         [--experiments NAME ...]
 
-FOLDER holds movie-reviews, conll2000 and pg19-mini. Each experiment trains a teacher, then every student several times
+FOLDER holds babi, movie-reviews and pg19-mini. Each experiment trains a teacher, then every student several times
 for equally many steps on the same batches: with the teacher ("distilled"), from the teacher's weights with labels alone
 ("initialized"), and with labels alone ("alone"). `memtx distil report` compares all of them on the test examples or
 texts; masked language models have their loss on the validation texts. The experiments "distilbert" and "tinybert"
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,13 +70,13 @@ class Student:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A teacher, its students, and the options of the report that measures them; masked models have none."""
+    """A teacher, its students, and the options of the report that measures them."""
 
     data: str
     config: str
     options: list[str]
     students: dict[str, Student]
-    report_options: list[str] | None = field(default_factory=list)
+    report_options: list[str] = field(default_factory=list)
     trainings: tuple[str, ...] = ("distilled", "initialized", "alone")
     shares_teacher: bool = False  # among the seeds, which are then those of the students
 
@@ -122,36 +123,40 @@ def schedule_options(epochs: int, learning_rate: float) -> list[str]:
     return [f"--trainer.max_epochs={epochs}", f"--model.optimizer.init_args.lr={learning_rate}"]
 
 
-PRETRAINED_TOKENIZER = (
-    "--data.tokenizer={class_path: memtx.data.hf_tokenizers.WordPieceTokenizer, init_args: {vocab_size: 1000}}"
-)
+TOKENIZER = "{{class_path: memtx.data.hf_tokenizers.{}, init_args: {{{}}}}}"
+TEACHER_DEPTH, TEACHER_DIM = 4, 64
+CPU_SECONDS = ("--trainer.callbacks+=training_runs.CpuSeconds", "--trainer.log_every_n_steps=20")
+MASKED_STEPS, STUDENT_STEPS, GENERAL_STEPS, TASK_EPOCHS = 1500, 400, 800, 23
+
+
+def attention_list(depth: int) -> str:
+    """Return layers that see two neighbors on each side, then as many that see all tokens.
+
+    With full attention alone, no masked language model of this size gets beyond the frequencies of the tokens for
+    thousands of steps.
+    """
+    window = "{class_path: memtx.layers.longformer.LongformerAttention, init_args: {window: 4}}"
+    full = "{class_path: memtx.layers.encoder_attention.FullAttention}"
+    return f"[{', '.join([window] * (depth // 2) + [full] * (depth // 2))}]"
 
 
 def masked_options(depth: int, dim: int, steps: int) -> list[str]:
     """Return the options of a small masked language model's run, with four heads and one learning rate for all."""
-    sizes = {"depth": depth, "dim": dim, "heads": 4, "hidden_dim": 4 * dim}
+    sizes = {"depth": depth, "dim": dim, "heads": 4, "hidden_dim": 4 * dim, "dropout": 0.0}
     return [
         *(f"--model.model.init_args.{name}={value}" for name, value in sizes.items()),
-        PRETRAINED_TOKENIZER, "--data.segment_length=30", "--data.batch_size=32",
-        "--data.eval_batch_size=32", "--data.eval_tokens=50000", "--data.num_workers=1",
-        "--model.optimizer.init_args.lr=3e-3", f"--model.scheduler.init_args.warmup_steps={steps // 20}",
-        "--trainer.precision=32-true", "--trainer.accumulate_grad_batches=1", "--trainer.accelerator=cpu",
-        f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}",
+        f"--model.model.init_args.attentions={attention_list(depth)}",
+        "--model.model.init_args.embeddings.init_args.dropout=0.0",
+        f"--data.tokenizer={TOKENIZER.format('WordPieceTokenizer', 'vocab_size: 200')}",
+        "--data.segment_length=94", "--data.batch_size=10", "--data.eval_batch_size=32", "--data.eval_tokens=30000",
+        "--data.num_workers=1", "--model.optimizer.init_args.lr=2e-3",
+        f"--model.scheduler.init_args.warmup_steps={steps // 10}", "--trainer.precision=32-true",
+        "--trainer.accumulate_grad_batches=1", "--trainer.accelerator=cpu", *step_options(steps),
+        *CPU_SECONDS,
     ]  # fmt: skip
 
 
-MASKED_STEPS, STUDENT_STEPS, GENERAL_STEPS = 2000, 150, 150
-TEACHER_DEPTH, TEACHER_DIM = 4, 64
-
 EXPERIMENTS = {
-    "distilbert": Experiment(
-        "pg19-mini",
-        "distilbert",
-        [*masked_options(TEACHER_DEPTH, TEACHER_DIM, MASKED_STEPS), "--model.distillation=null"],
-        {"half of the layers": Student("distilbert", masked_options(TEACHER_DEPTH // 2, TEACHER_DIM, STUDENT_STEPS))},
-        report_options=None,
-        shares_teacher=True,
-    ),
     "movie-reviews": Experiment(
         "movie-reviews",
         "movie-reviews",
@@ -188,13 +193,7 @@ EXPERIMENTS = {
 }
 
 
-NAMES = [*EXPERIMENTS, "tinybert"]
-TASK_STEPS, TASK_EXAMPLES = 120, 500
-TASK_LOSSES = format_losses(
-    # Layers for 20 of 23 parts of the run, then predictions; no labels (Jiao et al. 2020, section 4.2).
-    EmbeddingMSE={"end": 0.87}, AttentionMSE={"end": 0.87}, HiddenMSE={"end": 0.87},
-    SoftTargets={"temperature": 1.0, "begin": 0.87},
-)  # fmt: skip
+NAMES = ["distilbert", "tinybert", *EXPERIMENTS]
 LOWER_IS_BETTER = ("bits_per_byte", "nats_per_masked_token")
 
 
@@ -229,8 +228,6 @@ def train_experiment(name: str, seed: int, arguments: argparse.Namespace) -> dic
     """Train teacher and students of an experiment with one seed; return the runs by model and training."""
     experiment, data = EXPERIMENTS[name], arguments.data / EXPERIMENTS[name].data
     limit = [f"--trainer.max_steps={arguments.steps}", "--trainer.max_epochs=-1"] if arguments.steps else []
-    if arguments.steps and experiment.report_options is None:
-        limit.append(f"--trainer.val_check_interval={arguments.steps}")
     teacher_seed = 0 if experiment.shares_teacher else seed
     teacher = arguments.output_dir / f"{name}-teacher-{teacher_seed}"
     runs = {("teacher", ""): teacher}
@@ -244,73 +241,135 @@ def train_experiment(name: str, seed: int, arguments: argparse.Namespace) -> dic
     return runs
 
 
-def train_tinybert(seed: int, arguments: argparse.Namespace) -> dict[tuple[str, str], Path]:
-    """Train TinyBERT's two stages from the teacher of "distilbert"; return the runs.
+def write_stories(source: Path, target: Path) -> None:
+    """Write bAbI's stories as texts, with their answers, and the questions of its first task as examples."""
+    for split, name in (("train", "train"), ("validation", "train"), ("test", "test")):
+        (target / "texts" / split).mkdir(parents=True, exist_ok=True)
+        for path in sorted(source.glob(f"qa*_{name}.txt")):
+            # A story begins at a line numbered 1.
+            stories = [text.splitlines() for text in re.split(r"^1 ", path.read_text(encoding="utf-8"), flags=re.M)[1:]]
+            cut = len(stories) * 9 // 10
+            part = {"train": stories[:cut], "validation": stories[cut:], "test": stories}[split]
+            texts, examples = [], []
+            for story in part:
+                lines = [re.sub(r"^\d+ ", "", line).split("\t") for line in story]
+                texts.append(
+                    " ".join(" ".join([line[0].strip(), *(f"{answer}." for answer in line[1:2])]) for line in lines)
+                )
+                facts = ""
+                for sentence, *answers in lines:
+                    if answers:
+                        examples.append({"text": facts + sentence.strip(), "label": answers[0]})
+                    else:
+                        facts += sentence.strip() + " "
+            (target / "texts" / split / path.name).write_text("\n\n".join(texts), encoding="utf-8")
+            if path.name.startswith("qa1_"):
+                lines_of_json = "".join(json.dumps(example) + "\n" for example in examples)
+                (target / f"{split}.jsonl").write_text(lines_of_json, encoding="utf-8")
 
-    The seeds share the general stage, the task's teacher and the augmented examples.
-    """
-    steps = arguments.steps or TASK_STEPS
+
+def train_masked_teacher(seed: int, arguments: argparse.Namespace) -> tuple[Path, Path]:
+    """Train the teacher of masked language modeling on the stories; return its run and the folder of the stories."""
+    stories, teacher = arguments.output_dir / "stories", arguments.output_dir / f"teacher-{seed}"
+    if not stories.exists():
+        write_stories(arguments.data / "babi", stories)
+    steps = arguments.steps or MASKED_STEPS
+    options = [*masked_options(TEACHER_DEPTH, TEACHER_DIM, steps), "--model.distillation=null"]
+    train(teacher, "distilbert", stories / "texts", seed, options)
+    return teacher, stories
+
+
+def count_equal_steps(steps: int, distilled: Path, control: Path) -> int:
+    """Return the steps of a control that take as long as a distilled run, whose ``steps`` the control has had too."""
+    seconds = [last_value(read_metrics(run), "cpu_seconds") for run in (distilled, control)]
+    return round(steps * seconds[0] / seconds[1])
+
+
+def train_distilbert(seed: int, arguments: argparse.Namespace) -> dict[tuple[str, str], Path]:
+    """Train students by the recipe of DistilBERT; return the runs."""
+    teacher, stories = train_masked_teacher(seed, arguments)
+    runs, steps = {("teacher", ""): teacher}, arguments.steps or STUDENT_STEPS
+    for training in ("distilled", "initialized", "initialized, equal time", "alone"):
+        run_dir = arguments.output_dir / f"distilbert-{training.replace(', ', '-').replace(' ', '-')}-{seed}"
+        count = steps
+        if training.endswith("time"):
+            count = count_equal_steps(
+                steps, *(runs["half of the layers", name] for name in ("distilled", "initialized"))
+            )
+        options = masked_options(TEACHER_DEPTH // 2, TEACHER_DIM, count)
+        train(run_dir, "distilbert", stories / "texts", seed, [
+            *options, *distillation_options(teacher, training.partition(",")[0], ""),
+        ])  # fmt: skip
+        runs["half of the layers", training] = run_dir
+    return runs
+
+
+def train_tinybert(seed: int, arguments: argparse.Namespace) -> dict[tuple[str, str], Path]:
+    """Train TinyBERT's stages; return the runs. Its augmentation is left out: other words have other answers."""
+    bert, data = train_masked_teacher(seed, arguments)
     folder = arguments.output_dir
-    bert, general = folder / "distilbert-teacher-0", folder / "tinybert-general-0"
-    books, data = arguments.data / "pg19-mini", folder / "conll2000-part"
-    train(bert, "distilbert", books, 0, EXPERIMENTS["distilbert"].options)
-    general_steps = arguments.steps or GENERAL_STEPS
-    options = masked_options(TEACHER_DEPTH // 2, TEACHER_DIM // 2, general_steps)
-    train(general, "tinybert-general", books, 0, [*options, f"--model.distillation.init_args.teacher={bert}"])
+    general, depth, dim = folder / f"tinybert-general-{seed}", TEACHER_DEPTH // 2, TEACHER_DIM // 2
+    options = masked_options(depth, dim, arguments.steps or GENERAL_STEPS)
+    losses = f"--model.distillation.init_args.teacher={bert}"
+    train(general, "tinybert-general", data / "texts", seed, [*options, losses])
     models = {}
     for run in (bert, general):
         models[run] = run.with_name(f"{run.name}-model")
         if not models[run].exists():
             run_memtx("convert", str(run), str(models[run]), num_threads=1)
-    take_examples(arguments.data / "conll2000", data, TASK_EXAMPLES)
-    augmented = folder / "conll2000-augmented"
-    if not augmented.exists():
-        run_memtx(
-            "distil", "augment", "--model", str(models[bert]), "--data", str(data), "--output", str(augmented),
-            num_threads=1,
-        )  # fmt: skip
-    common = [
-        f"--data.tokenizer={{class_path: memtx.data.hf_tokenizers.HFTokenizer, init_args: {{path: {models[bert]}}}}}",
-        "--data.batch_size=32", "--model.optimizer.init_args.lr=1e-3", "--trainer.max_epochs=-1",
-        f"--trainer.max_steps={steps}", "--trainer.check_val_every_n_epoch=null",
-        f"--trainer.val_check_interval={steps}", f"--model.scheduler.init_args.warmup_steps={steps // 10}",
-        "--model.token_mask_prob=0",
-    ]  # fmt: skip
-    runs = {("teacher", ""): folder / "tinybert-teacher-0"}
-    train(runs["teacher", ""], "conll2000", data, 0, [*common, f"--model.pretrained={models[bert]}"])
-    distillation = [
-        "--model.distillation", f"{LOSSES_MODULE}.Distillation", "--model.distillation.losses", TASK_LOSSES,
-        f"--model.distillation.init_args.teacher={runs['teacher', '']}",
-    ]  # fmt: skip
-    from_general, sizes = [f"--model.pretrained={models[general]}"], encoder_options(32, 2, 4, 128)
-    full_attention = "--model.backbone.init_args.attentions=[memtx.layers.encoder_attention.FullAttention]"
-    for training, options, examples in (
-        ("distilled", [*from_general, *distillation], augmented),
-        ("distilled, not augmented", [*from_general, *distillation], data),
-        ("initialized", from_general, augmented),
-        ("alone", [*sizes, full_attention], augmented),
+    steps = arguments.steps or TASK_EPOCHS * -(-len((data / "train.jsonl").read_text().splitlines()) // 32)
+
+    def task_options(count: int) -> list[str]:
+        return [
+            f"--data.tokenizer={TOKENIZER.format('HFTokenizer', f'path: {models[bert]}')}", "--trainer.max_epochs=-1",
+            f"--trainer.max_steps={count}", "--trainer.check_val_every_n_epoch=null", "--trainer.accelerator=cpu",
+            f"--trainer.val_check_interval={max(1, count // 23)}", *CPU_SECONDS,
+            "--model.optimizer.init_args.lr=2e-3",
+        ]  # fmt: skip
+
+    def one_decay(count: int) -> list[str]:
+        name = "memtx.training.optimizers.WarmupLinear"
+        return [f"--model.scheduler={{class_path: {name}, init_args: {{warmup_steps: {count // 10}}}}}"]
+
+    runs = {("teacher", ""): folder / f"tinybert-teacher-{seed}"}
+    without = ["--model.distillation=null"]
+    options = [*task_options(steps), *one_decay(steps), *without, f"--model.pretrained={models[bert]}"]
+    train(runs["teacher", ""], "tinybert-task", data, seed, options)
+    distillation = [f"--model.distillation.init_args.teacher={runs['teacher', '']}"]
+    from_general = [f"--model.pretrained={models[general]}"]
+    scratch = [
+        *encoder_options(dim, depth, 4, 4 * dim),
+        f"--model.backbone.init_args.attentions={attention_list(depth)}",
+    ]
+    for training, options in (
+        ("distilled", [*from_general, *distillation]),
+        ("distilled, one decay", [*from_general, *distillation, *one_decay(steps)]),
+        ("initialized", [*from_general, *without, *one_decay(steps)]),
+        ("initialized, equal time", [*from_general, *without]),
+        ("alone", [*scratch, *without, *one_decay(steps)]),
     ):
-        slug = training.replace(",", "").replace(" ", "-")
-        runs["half of layers and width", training] = run_dir = folder / f"tinybert-{slug}-{seed}"
-        train(run_dir, "conll2000", examples, seed, [*common, *options])
+        run_dir, count = folder / f"tinybert-{training.replace(', ', '-').replace(' ', '-')}-{seed}", steps
+        if training.endswith("time"):
+            count = count_equal_steps(
+                steps, *(runs["half of layers and width", name] for name in ("distilled", "initialized"))
+            )
+            options = [*options, *one_decay(count)]
+        train(run_dir, "tinybert-task", data, seed, [*task_options(count), *options])
+        runs["half of layers and width", training] = run_dir
     return runs
-
-
-def take_examples(source: Path, target: Path, count: int) -> None:
-    """Copy a folder of examples with the first ``count`` training examples."""
-    target.mkdir(exist_ok=True)
-    for path in source.glob("*.jsonl"):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        (target / path.name).write_text("".join(lines[:count] if path.stem == "train" else lines), encoding="utf-8")
 
 
 def run_experiment(name: str, seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Train and measure an experiment with one seed; return a row for each model."""
-    runs = train_tinybert(seed, arguments) if name == "tinybert" else train_experiment(name, seed, arguments)
     report_options: list[str] | None = []
-    data = arguments.output_dir / "conll2000-part"
-    if name != "tinybert":
+    data = arguments.output_dir / "stories"
+    if name in EXPERIMENTS:
+        runs = train_experiment(name, seed, arguments)
         report_options, data = EXPERIMENTS[name].report_options, arguments.data / EXPERIMENTS[name].data
+    elif name == "distilbert":
+        runs, report_options = train_distilbert(seed, arguments), None
+    else:
+        runs = train_tinybert(seed, arguments)
     report_path = arguments.output_dir / f"{name}-{seed}.json"
     report = run_report(runs["teacher", ""], list(runs.values())[1:], data, report_options, report_path)
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -25,8 +26,18 @@ TARGET_OPTIONS: dict[str, dict[str, int | None]] = {
 }
 """Options of each ``--to`` with their defaults."""
 
-FREEZE_PATTERNS = {"positions": '["embedding.position_embeddings.*"]', "rest": '["[!e]*", "embedding.[!p]*"]'}
-"""Parameters that ``--freeze`` keeps from training, as option of ``memtx.training.callbacks.freeze.Freeze``."""
+NEW_POSITIONS = ("new-positions", "all-but-new-positions")
+_POSITIONS = "embedding.position_embeddings.weight"
+FREEZE_PATTERNS = {
+    "positions": [_POSITIONS],
+    "new-positions": [_POSITIONS + "[{old}:]"],
+    "rest": ["[!e]*", "embedding.[!p]*"],
+    "all-but-new-positions": ["[!e]*", "embedding.[!p]*", _POSITIONS + "[:{old}]"],
+}
+"""Parameters that ``--freeze`` keeps from training, as option of ``memtx.training.callbacks.freeze.Freeze``.
+
+``{old}`` stands for the rows of positions that the encoder has before it is converted.
+"""
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -40,7 +51,8 @@ def _convert(arguments: argparse.Namespace) -> None:
     with options.user_modules(arguments.modules):
         from memtx.checkpoint.convert import convert
 
-        change = None if arguments.to is None else _make_change(arguments)
+        num_positions: list[int] = []
+        change = None if arguments.to is None else _make_change(arguments, num_positions)
         summary = convert(
             arguments.source, arguments.target, layout=arguments.layout, change=change, overwrite=arguments.overwrite
         )
@@ -56,7 +68,8 @@ def _convert(arguments: argparse.Namespace) -> None:
         words = ["fit", "--config", f"configs/{arguments.to}-mlm.yaml", "--model.pretrained", arguments.target]
         if arguments.freeze is not None:
             words += ["--trainer.callbacks+=memtx.training.callbacks.freeze.Freeze"]
-            words += [f"--trainer.callbacks.parameters={FREEZE_PATTERNS[arguments.freeze]}"]
+            patterns = json.dumps(FREEZE_PATTERNS[arguments.freeze])
+            words += [f"--trainer.callbacks.parameters={patterns.replace('{old}', str(num_positions[0]))}"]
         options.print_next_command("Train it on with", *words)
     elif "series.json" in summary.extra_files:
         options.print_next_command("Predict a series with", "predict", "FILE", "--checkpoint", arguments.target)
@@ -131,8 +144,10 @@ def _upload(arguments: argparse.Namespace) -> None:
         sys.stdout.write(f"Uploaded: {hub.upload(arguments.target, arguments.push_to_hub)}\n")
 
 
-def _make_change(arguments: argparse.Namespace) -> Callable[[PretrainedModel], PretrainedModel]:
-    """Return the function that gives an encoder another attention."""
+def _make_change(
+    arguments: argparse.Namespace, num_positions: list[int]
+) -> Callable[[PretrainedModel], PretrainedModel]:
+    """Return the function that gives an encoder another attention, and notes its number of positions before."""
     from memtx.models import long_encoder
     from memtx.models.encoder import Encoder
 
@@ -140,10 +155,19 @@ def _make_change(arguments: argparse.Namespace) -> Callable[[PretrainedModel], P
         if not isinstance(model, Encoder):
             message = f"--to {arguments.to}: '{arguments.source}' holds {type(model).__name__}, not an encoder."
             raise MemtxError(message, "Give a BERT or RoBERTa.")
+        num_positions.append(model.embedding.position_embeddings.num_embeddings)
         if arguments.to == "longformer":
-            return long_encoder.to_longformer(model, arguments.max_length, arguments.window)
-        sizes = (arguments.block_size, arguments.num_random_blocks)
-        return long_encoder.to_bigbird(model, arguments.max_length, *sizes)
+            longer = long_encoder.to_longformer(model, arguments.max_length, arguments.window)
+        else:
+            sizes = (arguments.block_size, arguments.num_random_blocks)
+            longer = long_encoder.to_bigbird(model, arguments.max_length, *sizes)
+        if (
+            arguments.freeze in NEW_POSITIONS
+            and longer.embedding.position_embeddings.num_embeddings == num_positions[0]
+        ):
+            message = f"--freeze {arguments.freeze}: the encoder reads {arguments.max_length} tokens already."
+            raise MemtxError(message, "Raise --max-length, or choose rest or positions.")
+        return longer
 
     return change
 
@@ -171,7 +195,10 @@ def main(argv: list[str]) -> int:
     add("--window", type=options.positive_int, metavar="N", help=text)
     add("--block-size", type=int, help="--to bigbird: tokens of a block (64)")
     add("--num-random-blocks", type=int, help="--to bigbird: random blocks that a block sees (3)")
-    text = "--to: what the printed command does not train: the position embeddings, or all the rest"
+    text = (
+        "--to: what the printed command does not train: the position embeddings (all, or those behind the old length, "
+    )
+    text += "which begin as copies), or all but these"
     add("--freeze", choices=tuple(FREEZE_PATTERNS), help=text)
     text = "--to hf, onnx and pt2: tokens read at a time (default: 512)"
     add("--segment-length", type=options.positive_int, metavar="N", help=text)

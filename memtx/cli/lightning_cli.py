@@ -100,7 +100,8 @@ class MemtxCLI(LightningCLI):
             parser.link_arguments("data.segment_length", "model.segment_length")
             parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
             return
-        for key in ("vocab_size", "segment_length", "num_labels", "mask_token_id", "input_dim", "output_dim"):
+        keys = ("vocab_size", "segment_length", "num_labels", "mask_token_id", "input_dim", "output_dim")
+        for key in (*keys, "sentinel_token_ids"):
             # Linked from the object: if an attribute is missing, Lightning reads all data for its error message.
             parser.link_arguments(
                 "data", f"model.init_args.{key}", lambda data, key=key: getattr(data, key, None), apply_on="instantiate"

@@ -26,7 +26,10 @@ RUN_OPTIONS = ("--config", "-c", "--run_dir", "--ckpt_path")
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 
-GENERATION_OPTIONS = ("num_beams", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+GENERATION_OPTIONS = (
+    *("num_beams", "max_length", "length_penalty", "no_repeat_ngram_size"),
+    *("temperature", "top_k", "top_p", "repetition_penalty", "seed"),
+)
 """Options of models that make texts."""
 
 Input = tuple[str, str | dict[str, Any]]
@@ -174,9 +177,11 @@ def _set_generation(predictor: BasePredictor, arguments: argparse.Namespace) -> 
 
     if not isinstance(predictor, TextToText):
         option = f"--{next(iter(changes)).replace('_', '-')}"
-        message = f"{option} is for models that make texts, '{arguments.checkpoint}' predicts {predictor.task_name}."
+        message = (
+            f"{option} is for encoder-decoders, '{arguments.checkpoint}' predicts {predictor.task_name} without it."
+        )
         raise MemtxError(message, f"Remove {option}.")
-    predictor.change_generation(**changes)
+    predictor.generation = predictor.generation.changed(**changes)
 
 
 def _predict_chunk(predictor: BasePredictor, inputs: list[Input]) -> list[dict[str, Any]]:
@@ -219,6 +224,9 @@ def main(argv: list[str]) -> int:
     add("--forecast", type=options.positive_int, metavar="N", help="of a series: steps to continue it after its end")
     add("--plot", type=options.output_path, metavar="PNG", help="of a series: plot it with its predictions")
     add("--num-beams", type=int, help="texts made from texts: hypotheses of the beam search; 1 is greedy")
+    add("--max-length", type=int, help="texts made from texts: tokens of a new text at most")
+    add("--length-penalty", type=float, help="beam search: exponent of the length; above 0, longer texts gain")
+    add("--no-repeat-ngram-size", type=int, help="length of the n-grams that no new text has twice; 0 allows all")
     add("--temperature", type=float, help="texts made from texts: sample them with this temperature; 0 is greedy")
     add("--top-k", type=int, help="sample from the k most likely tokens; 0 keeps all")
     add("--top-p", type=float, help="sample from the most likely tokens with a total probability of p")

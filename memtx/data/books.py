@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,11 +28,14 @@ from memtx.data.tokenized_corpus import (
     tokenize_corpus,
     train_tokenizer,
 )
-from memtx.data.tokenizers import BackendTokenizer, ByteTokenizer, Tokenizer, tokenizer_from_json
+from memtx.data.tokenizers import MASK_TOKENS, BackendTokenizer, ByteTokenizer, Tokenizer, tokenizer_from_json
 from memtx.errors import CheckpointError, MemtxError
 from memtx.files import default_cache_dir
 
 M = TypeVar("M", bound=CorpusManifest)
+
+SENTINEL_TOKENS = [f"<extra_id_{index}>" for index in range(1000)]
+"""Spellings of the tokens that stand for removed spans (T5)."""
 
 _SPLITS_BY_STAGE = {"fit": SPLITS[:2], "validate": SPLITS[1:2], "test": SPLITS[2:], "predict": SPLITS[2:]}
 
@@ -122,10 +125,20 @@ class BookDataModule(StreamDataModule[DocumentStreams]):
     @property
     def mask_token_id(self) -> int | None:
         """Id of the mask token of a tokenizer that has one, such as BERT's or RoBERTa's; None for others."""
+        return next(iter(self._find_tokens(MASK_TOKENS)), None)
+
+    @property
+    def sentinel_token_ids(self) -> list[int]:
+        """Ids of the tokenizer's sentinels of spans in their order, T5's ``<extra_id_0>`` and so on; empty for none."""
+        return self._find_tokens(SENTINEL_TOKENS)
+
+    def _find_tokens(self, spellings: Sequence[str]) -> list[int]:
         if isinstance(self.tokenizer, HFTokenizer):
             self._train_tokenizer()
         tokenizer = self.tokenizer
-        return tokenizer.find_mask_token() if isinstance(tokenizer, BackendTokenizer) and tokenizer.is_trained else None
+        return (
+            tokenizer.find_tokens(spellings) if isinstance(tokenizer, BackendTokenizer) and tokenizer.is_trained else []
+        )
 
     @cached_property
     def corpus(self) -> Corpus:

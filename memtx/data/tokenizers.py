@@ -137,10 +137,10 @@ class BackendTokenizer(Tokenizer):
         added_tokens = {token.content: token.normalized for token in tokens if parse_special or not token.special}
         return CutFinder(encoding_backend(text, parse_special=parse_special), description, added_tokens)
 
-    def find_mask_token(self) -> int | None:
-        """Return the id of the token that stands for a masked one, or None if the vocabulary has none."""
-        ids = map(self._require_backend().token_to_id, MASK_TOKENS)
-        return next((token_id for token_id in ids if token_id is not None), None)
+    def find_tokens(self, spellings: Iterable[str]) -> list[int]:
+        """Return the ids of those of these tokens that the vocabulary has."""
+        ids = map(self._require_backend().token_to_id, spellings)
+        return [token_id for token_id in ids if token_id is not None]
 
     @property
     def is_trained(self) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from random import Random
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -24,10 +26,53 @@ from memtx.inference.sampling import SamplingParams, SamplingRow, TokenCounts, s
 from memtx.models.beam_search import BeamSearchOptions, ChooseTokens, generate_targets
 from memtx.models.encoder_decoder import EncoderDecoder
 
+logger = logging.getLogger("memtx.inference")
+
 DEFAULT_MAX_LENGTH = 256
 """Tokens of a target where the folder's files name no ``max_length``."""
 TRAINED_NUM_BEAMS = 4
 """Hypotheses of models that were trained here."""
+
+
+SEARCH_OPTIONS = ("num_beams", "max_length", "min_length", "length_penalty", "no_repeat_ngram_size", "early_stopping")
+"""Options of the search that a request may change, by their names in :class:`BeamSearchOptions`."""
+
+
+class Generation(NamedTuple):
+    """Options of the search, those of sampling (None searches), and the seed of samples."""
+
+    search: BeamSearchOptions
+    sampling_params: SamplingParams | None = None
+    seed: int | None = None
+
+    def changed(self, seed: int | None = None, **changes: Any) -> Generation:
+        """Return other options.
+
+        Args:
+            seed: Seed of the samples.
+            **changes: Options in ``SEARCH_OPTIONS`` and of :class:`SamplingParams`; ``repetition_penalty`` alone
+                changes the greedy choice. ``num_beams`` defaults to 1 if there are options of sampling, and other
+                numbers of beams have no samples.
+
+        Raises:
+            MemtxError: A number is out of range, or several beams were to be sampled.
+        """
+        search = {name: changes.pop(name) for name in SEARCH_OPTIONS if name in changes}
+        params = self.sampling_params
+        if not math.isfinite(penalty := search.get("length_penalty", 0.0)):
+            raise MemtxError(f"length_penalty is {penalty}.", "Give a finite number.")
+        if changes:
+            is_greedy = changes.keys() == {"repetition_penalty"} and params is None
+            params = replace(params or SamplingParams(), **{"greedy": is_greedy, **changes})
+            search = {"num_beams": 1, **search}
+        elif "num_beams" in search:
+            params = None
+        options = replace(self.search, **search)
+        if options.num_beams > 1 and changes:
+            names = ", ".join(changes)
+            message = f"num_beams is {options.num_beams}, but a single target is sampled ({names})."
+            raise MemtxError(message, f"Give num_beams 1, or remove {names}.")
+        return Generation(options, params, seed)
 
 
 class TextToText(BasePredictor):
@@ -40,6 +85,9 @@ class TextToText(BasePredictor):
         max_source_length: Maximum tokens of a text, with special tokens.
         sampling_params: Options of sampling, or of penalties alone if greedy. None searches without them.
         seed: Seed of the sampled targets, each of which depends on it and its text alone. None draws new ones.
+
+    Attributes:
+        generation: Options of generation, which :meth:`predict` may be given others of.
     """
 
     task_name = "summary"
@@ -55,8 +103,8 @@ class TextToText(BasePredictor):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.sampling_params, self.seed = sampling_params, seed
-        self.model, self.tokenizer, self.options = model.eval(), tokenizer, options
+        self.generation = Generation(options, sampling_params, seed)
+        self.model, self.tokenizer = model.eval(), tokenizer
         self.max_source_length = max_source_length
 
     @classmethod
@@ -73,42 +121,22 @@ class TextToText(BasePredictor):
             raise CheckpointError(message, "Give a run that was.") from error
         return cls(checkpoint.model_as(EncoderDecoder), tokenizer, options, max_source_length)
 
-    def change_generation(self, num_beams: int | None = None, seed: int | None = None, **sampling: float) -> None:
-        """Change the folder's options of generation.
-
-        Args:
-            num_beams: Hypotheses of the beam search, which has no samples. Defaults to 1 if ``sampling`` has options.
-            seed: Seed of the samples.
-            **sampling: Options of :class:`SamplingParams`; ``repetition_penalty`` alone changes the greedy choice.
-
-        Raises:
-            MemtxError: A number is out of range, or several beams were to be sampled.
-        """
-        if sampling:
-            is_greedy = set(sampling) == {"repetition_penalty"} and self.sampling_params is None
-            params = self.sampling_params or SamplingParams(greedy=is_greedy)
-            self.sampling_params = replace(params, **{"greedy": is_greedy, **sampling})  # type: ignore[arg-type]
-        elif num_beams is not None:
-            self.sampling_params = None
-        if num_beams is None:
-            num_beams = 1 if sampling else self.options.num_beams
-        if num_beams > 1 and self.sampling_params is not None:
-            raise MemtxError(f"num_beams is {num_beams}, but a single target is sampled.", "Give num_beams 1.")
-        self.options, self.seed = replace(self.options, num_beams=num_beams), seed
-
     def to_example(self, raw_input: PredictInput) -> SummaryExample:
         """Convert a raw text, or ``{"text": ...}``, to an example."""
         return SummaryExample.parse({"text": raw_input} if isinstance(raw_input, str) else raw_input, False)
 
-    def predict(self, inputs: Sequence[PredictInput], *, deadline: float | None = None) -> list[dict[str, Any]]:
+    def predict(
+        self, inputs: Sequence[PredictInput], *, deadline: float | None = None, generation: Generation | None = None
+    ) -> list[dict[str, Any]]:
         """Return the ``summary`` of each input, or the ``response`` to a dialogue.
 
-        ``complete`` is False if it was cut at the maximum length. Of a dialogue that is too long only the end is read;
-        ``truncated`` is then True.
+        ``generation`` defaults to the predictor's. ``complete`` is False if the text was cut at the maximum length. Of
+        a dialogue that is too long only the end is read; ``truncated`` is then True.
         """
         sources = self._map_inputs(inputs, lambda raw_input: self._encode(self.to_example(raw_input)))
         with acquire_before(deadline, self._lock):
-            return [self._predict(name, ids, deadline) | extra for name, ids, extra in sources]
+            options = generation or self.generation
+            return [self._predict(name, ids, options, deadline) | extra for name, ids, extra in sources]
 
     def _encode(self, example: SummaryExample) -> tuple[str, torch.Tensor, dict[str, bool]]:
         (encoding,) = self.tokenizer.encode_with_offsets([example.text])
@@ -121,15 +149,15 @@ class TextToText(BasePredictor):
             ids, extra = keep_newest(ids, self.max_source_length), {"truncated": True}
         return example.output_name, torch.from_numpy(ids), extra
 
-    def _predict(self, name: str, ids: torch.Tensor, deadline: float | None) -> dict[str, Any]:
+    def _predict(self, name: str, ids: torch.Tensor, generation: Generation, deadline: float | None) -> dict[str, Any]:
         self._check_active(deadline)
         tokens = ids[None].to(self.model.logits_bias.device)
         is_global = torch.zeros_like(tokens)
         is_global[:, 0] = 1
         eos_token_ids = self.tokenizer.eos_token_ids or {self.tokenizer.sep_token_id}
         (target,) = generate_targets(
-            self.model, tokens, None, is_global, options=self.options, eos_token_ids=eos_token_ids,
-            choose=None if (params := self.sampling_params) is None else make_sampler([params], seed=self.seed),
+            self.model, tokens, None, is_global, options=generation.search, eos_token_ids=eos_token_ids,
+            choose=None if (params := generation.sampling_params) is None else make_sampler([params], generation.seed),
             before_step=lambda: self._check_active(deadline),
         )  # fmt: skip
         self.num_tokens_read += len(ids)
@@ -167,6 +195,8 @@ def read_sampling_params(values: Mapping[str, Any], num_beams: int) -> SamplingP
     names = {field.name for field in fields(SamplingParams)} - {"greedy", "logit_bias"}
     params = {name: value for name, value in values.items() if name in names and value is not None}
     if num_beams > 1:
+        if values.get("do_sample"):
+            logger.warning("do_sample is not used: the %d beams are searched, not sampled.", num_beams)
         return None
     if values.get("do_sample"):
         return SamplingParams(**{"top_k": 50, **params})

@@ -18,6 +18,7 @@ from memtx.errors import MemtxError
 from memtx.inference.chat_template import ChatTemplate
 from memtx.inference.predictor import BasePredictor
 from memtx.inference.sessions.pool import SessionPool
+from memtx.inference.text_to_text import TextToText
 from memtx.ops.cpu.malloc import limit_arenas
 from memtx.serving import chat, completions, sessions
 from memtx.serving.errors import APIError, add_exception_handlers, check_model, to_api_error
@@ -66,8 +67,9 @@ def predict(body: PredictBody, request: Request, deadline: Deadline) -> dict[str
     if len(inputs) > max_inputs:
         message = f"The number of inputs ({len(inputs)}) must be at most {max_inputs}."
         raise APIError(400, message, "Send fewer per request.", param="input")
+    options = _generation_options(body, state)
     try:
-        predictions = state.predictor.predict(inputs, deadline=deadline)
+        predictions = state.predictor.predict(inputs, deadline=deadline, **options)
     except MemtxError as error:
         api_error = to_api_error(error)
         if api_error.status_code == 400:
@@ -75,6 +77,29 @@ def predict(body: PredictBody, request: Request, deadline: Deadline) -> dict[str
         raise api_error from error
     data = [{"index": index, **prediction} for index, prediction in enumerate(predictions)]
     return {"object": "list", "model": state.model_name, "task": state.predictor.task_name, "data": data}
+
+
+def _generation_options(body: PredictBody, state: Any) -> dict[str, Any]:
+    """Return the options of generation for the predictor; raises APIError for one that it does not take."""
+    if not (values := body.generation_options()):
+        return {}
+    name, predictor, max_beams = next(iter(values)), state.predictor, state.limits.max_choices
+    if not isinstance(predictor, TextToText):
+        message = f"{name} is for encoder-decoders; this model predicts {predictor.task_name} without it."
+        raise APIError(400, message, f"Remove {name}.", param=name)
+    if (num_beams := values.get("num_beams", 1)) > max_beams:
+        raise APIError(400, f"num_beams ({num_beams}) must be at most {max_beams}.", "Lower it.", param="num_beams")
+    try:
+        generation = predictor.generation.changed(**values)
+        limit = predictor.model.position_embeddings.num_embeddings
+        if generation.search.max_length > limit:
+            message = f"max_length is {generation.search.max_length}, the decoder has {limit} positions."
+            raise MemtxError(message, f"Give at most {limit}.")
+    except MemtxError as error:
+        api_error = to_api_error(error)
+        api_error.param = next((name for name in values if error.message.startswith(name)), name)
+        raise api_error from error
+    return {"generation": generation}
 
 
 def _reject_paths(app: FastAPI, paths: tuple[str, ...], message: str, hint: str) -> None:

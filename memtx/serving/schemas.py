@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -219,10 +219,31 @@ class ScoreBody(RequestBody):
 
 
 class PredictBody(RequestBody):
-    """``POST /v1/predict``; an input is a raw text, or an object with the fields of an example."""
+    """``POST /v1/predict``; an input is a raw text, or an object with the fields of an example.
+
+    The other fields are for encoder-decoders, which have defaults of their own.
+    """
 
     input: Text | dict[str, Any] | list[Text | dict[str, Any]]
     model: str | None = None
+    num_beams: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_length: Annotated[int, Field(ge=2, lt=2**31)] | None = None
+    min_length: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    length_penalty: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    early_stopping: bool | Literal["never"] | None = None
+    temperature: float | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+
+    def generation_options(self) -> dict[str, Any]:
+        """Return the options of generation that the request has."""
+        values = self.model_dump(exclude={"input", "model"}, exclude_none=True)
+        return values | ({"top_k": max(0, values["top_k"])} if "top_k" in values else {})
 
     @model_validator(mode="after")
     def _check_characters(self) -> PredictBody:

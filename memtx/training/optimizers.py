@@ -178,7 +178,7 @@ class WarmupCosine(_Schedule):
         MemtxError: A number is out of range.
     """
 
-    settings = ("warmup_steps", "total_steps", "min_lr_ratio")
+    settings: ClassVar[tuple[str, ...]] = ("warmup_steps", "total_steps", "min_lr_ratio")
 
     def __init__(
         self, optimizer: Optimizer, warmup_steps: int = 100, total_steps: int = 0, min_lr_ratio: float = 0.1
@@ -227,6 +227,59 @@ class WarmupLinear(WarmupCosine):
 
     def _decay(self, progress: float) -> float:
         return 1.0 - progress
+
+
+class StagedLinear(WarmupCosine):
+    """A constant rate, then a second stage that begins as a run of its own: warm-up, line to 0, fresh optimizer state.
+
+    The schedules of TinyBERT's task distillation (Jiao et al. 2020, section 4.2, and ``task_distill.py`` of the
+    authors' code), which trains layers in one run and predictions in the next.
+
+    Args:
+        optimizer: Optimizer whose learning rates are scaled.
+        second_stage: Fraction of the run's steps at which the second stage begins, as ``end`` and ``begin`` of
+            distillation losses. Defaults to 0.87.
+        lr_ratio: Full rate of the second stage as a fraction of the first one's. Defaults to 0.6.
+        warmup_fraction: Fraction of the second stage's steps until that rate. Defaults to 0.1.
+        total_steps: Optimizer steps of both; 0 means those of the run.
+
+    Raises:
+        MemtxError: A number is out of range.
+    """
+
+    settings = (*WarmupCosine.settings, "second_stage", "lr_ratio", "warmup_fraction")
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        second_stage: float = 0.87,
+        lr_ratio: float = 0.6,
+        warmup_fraction: float = 0.1,
+        total_steps: int = 0,
+    ) -> None:
+        check_probability(second_stage=second_stage, warmup_fraction=warmup_fraction)
+        check_positive(lr_ratio=lr_ratio)
+        self.second_stage, self.lr_ratio, self.warmup_fraction = second_stage, lr_ratio, warmup_fraction
+        super().__init__(optimizer, 0, total_steps)
+
+    def _second_stage_step(self, step: int) -> int:
+        """Return the number of a step in the second stage, negative before it."""
+        first = math.ceil(self.second_stage * self.total_steps)
+        return step - first if self.total_steps else -1
+
+    def _lr_scale(self, step: int) -> float:
+        if (position := self._second_stage_step(step)) < 0:
+            return 1.0
+        length = self.total_steps + position - step
+        if position < (warmup := int(self.warmup_fraction * length)):
+            return self.lr_ratio * (position + 1) / warmup
+        return self.lr_ratio * max(0.0, (length - position) / max(1, length - warmup))
+
+    def step(self, epoch: int | None = None) -> None:
+        """Set the rates of the next step, and drop the optimizer's state if it begins the second stage."""
+        super().step(epoch)
+        if self._second_stage_step(self.last_epoch) == 0:
+            self.optimizer.state.clear()
 
 
 class WarmupInverseSqrt(_Schedule):

@@ -89,6 +89,8 @@ class MaskedModule(TokenPredictionModule):
         mask_id: Id of the mask token. Defaults to ``mask_token_id``; without one it is added after the last id.
         mask_prob: Probability that a token or a word is selected. Defaults to 0.15.
         whole_words: If True, select all tokens of a word together.
+        mask_spans: If True, select spans of whole words of geometric lengths, 3.8 words on average and at most 10
+            (SpanBERT, Joshi et al. 2020, section 3.1), in training and validation. Defaults to False.
         mask_smoothing: Exponent s that favors rare tokens in training: one that occurs n times in the training texts
             is selected with a probability proportional to n^-s (0.7 for DistilBERT, Sanh et al. 2019). Validation
             selects all alike. Defaults to 0.0.
@@ -113,20 +115,22 @@ class MaskedModule(TokenPredictionModule):
         add_special_tokens: bool = False,
         mask_token_id: int | None = None,
         pretrained: str | None = None,
+        mask_spans: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         check_at_least(0, mask_smoothing=mask_smoothing)
-        if whole_words and mask_smoothing:
+        if (whole_words or mask_spans) and mask_smoothing:
+            name = "mask_spans" if mask_spans else "whole_words"
             raise MemtxError(
-                f"mask_smoothing ({mask_smoothing}) selects single tokens, whole_words whole words.", "Set one of them."
+                f"mask_smoothing ({mask_smoothing}) selects single tokens, {name} whole words.", "Set one of them."
             )
         self.data_vocab_size = vocab_size
         mask_id = mask_token_id if mask_id is None else mask_id
         self.mask_id = vocab_size if mask_id is None else mask_id
         num_tokens = vocab_size + (mask_id is None)
         self.model = model(num_tokens) if pretrained is None else _load_masked_encoder(pretrained, num_tokens)
-        self.mask_prob, self.whole_words = mask_prob, whole_words
+        self.mask_prob, self.whole_words, self.mask_spans = mask_prob, whole_words or mask_spans, mask_spans
         self.mask_smoothing, self.add_special_tokens = mask_smoothing, add_special_tokens
         self._token_weights: Tensor | None = None
 
@@ -184,16 +188,17 @@ class MaskedModule(TokenPredictionModule):
             word_ids = word_ids.to(tokens.device)
         if generator is None and self._token_weights is not None:
             weights = self._token_weights = self._token_weights.to(tokens.device)
-        return objectives.mask_tokens(
-            tokens,
-            mask_token_id=self.mask_id,
-            vocab_size=self.data_vocab_size,
-            mask_prob=self.mask_prob,
-            special_token_ids=self._special_token_ids(),
-            word_ids=word_ids,
-            token_weights=weights,
-            generator=generator,
-        )
+        options: dict[str, Any] = {
+            "mask_token_id": self.mask_id,
+            "vocab_size": self.data_vocab_size,
+            "mask_prob": self.mask_prob,
+            "special_token_ids": self._special_token_ids(),
+            "word_ids": word_ids,
+            "generator": generator,
+        }
+        if self.mask_spans:
+            return objectives.mask_geometric_spans(tokens, **options)
+        return objectives.mask_tokens(tokens, token_weights=weights, **options)
 
     def _special_token_ids(self) -> tuple[int, ...]:
         """Return the ids that are never selected: the tokenizer's special tokens."""

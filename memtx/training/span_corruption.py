@@ -1,4 +1,4 @@
-"""Span corruption: an encoder-decoder reads a text with holes and writes what was in them (T5); SpanBERT's spans."""
+"""Span corruption: an encoder-decoder reads a text with holes and writes what was in them (T5)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from memtx.data.batch import IGNORE_INDEX, Batch
+from memtx.data.batch import Batch
 from memtx.errors import MemtxError, check_at_least
 from memtx.models.encoder_decoder import EncoderDecoder
 from memtx.training.initial_model import load_initial_model
-from memtx.training.objectives import MaskedTokens
 from memtx.training.pretraining import TokenPredictionModule
 
 
@@ -21,6 +21,20 @@ class CorruptedSpans(NamedTuple):
 
     inputs: Tensor
     targets: Tensor
+
+
+def count_noise(length: int, noise_density: float, mean_span_length: float) -> tuple[int, int]:
+    """Return the number of tokens to remove from a text and that of their spans; arguments as for the function below.
+
+    Raises:
+        MemtxError: A number is out of range.
+    """
+    check_at_least(2, length=length)
+    check_at_least(1, mean_span_length=mean_span_length)
+    if not 0.0 < noise_density < 1.0:
+        raise MemtxError(f"noise_density is {noise_density}.", "Choose a number between 0 and 1, such as 0.15.")
+    num_noise = min(max(round(length * noise_density), 1), length - 1)
+    return num_noise, min(max(round(num_noise / mean_span_length), 1), num_noise, length - num_noise)
 
 
 def sample_noise_spans(
@@ -42,12 +56,7 @@ def sample_noise_spans(
     Raises:
         MemtxError: A number is out of range.
     """
-    check_at_least(2, length=length)
-    check_at_least(1, mean_span_length=mean_span_length)
-    if not 0.0 < noise_density < 1.0:
-        raise MemtxError(f"noise_density is {noise_density}.", "Choose a number between 0 and 1, such as 0.15.")
-    num_noise = min(max(round(length * noise_density), 1), length - 1)
-    num_spans = min(max(round(num_noise / mean_span_length), 1), num_noise, length - num_noise)
+    num_noise, num_spans = count_noise(length, noise_density, mean_span_length)
     device = generator.device if generator is not None else torch.device("cpu")
 
     def split(total: int) -> Tensor:
@@ -94,68 +103,6 @@ def corrupt_spans(tokens: Tensor, is_noise: Tensor, sentinel_ids: Sequence[int])
     return CorruptedSpans(inputs, torch.cat([pairs[is_written].view(batch_size, -1), last], dim=1))
 
 
-def mask_geometric_spans(
-    tokens: Tensor,
-    *,
-    mask_token_id: int,
-    vocab_size: int,
-    mask_prob: float = 0.15,
-    success_prob: float = 0.2,
-    max_span_length: int = 10,
-    word_ids: Tensor | None = None,
-    special_token_ids: Sequence[int] = (),
-    generator: torch.Generator | None = None,
-) -> MaskedTokens:
-    """Mask spans of words of geometric lengths (SpanBERT, Joshi et al. 2020, section 3.1).
-
-    Of the spans, 80% become ``mask_token_id``, 10% random tokens, and 10% stay, each as a whole.
-
-    Args:
-        tokens: ``(batch, length)`` int64.
-        mask_token_id: Id of the mask token.
-        vocab_size: Random tokens are sampled below it.
-        mask_prob: Fraction of the tokens to select, about.
-        success_prob: Parameter of the geometric distribution; its mean, cut at ``max_span_length``, is 3.8.
-        max_span_length: Longest span, in words.
-        word_ids: Index of each token's word in its text, ascending, ``(batch, length)`` int64. Defaults to one word a
-            token.
-        special_token_ids: Ids that are never selected; a span does not cross them.
-        generator: Random number generator. Defaults to torch's own.
-
-    Raises:
-        MemtxError: A number is out of range.
-    """
-    for name, value in (("mask_prob", mask_prob), ("success_prob", success_prob)):
-        if not 0.0 < value < 1.0:
-            raise MemtxError(f"{name} is {value}.", "Choose a probability between 0 and 1.")
-    check_at_least(1, max_span_length=max_span_length)
-    length, device = tokens.shape[1], generator.device if generator is not None else torch.device("cpu")
-    masked, labels = tokens.clone(), torch.full_like(tokens, IGNORE_INDEX)
-    distribution = (1.0 - success_prob) ** torch.arange(max_span_length, dtype=torch.float64, device=device)
-    for row in range(len(tokens)):
-        words = torch.arange(length) if word_ids is None else word_ids[row].cpu()
-        bounds = [0, *(words.diff() != 0).nonzero().flatten().add(1).tolist(), length]
-        special = torch.isin(tokens[row].cpu(), torch.tensor([*special_token_ids], dtype=torch.int64)).tolist()
-        budget, is_free = max(1, round(mask_prob * length)), [not is_special for is_special in special]
-        # Spans in a random order of their first words, as many as fit into the budget.
-        for first in torch.randperm(len(bounds) - 1, generator=generator, device=device).tolist():
-            span_length = 1 + int(torch.multinomial(distribution, 1, generator=generator))
-            start, stop = bounds[first], bounds[min(first + span_length, len(bounds) - 1)]
-            if stop - start > budget or not all(is_free[start:stop]):
-                continue
-            is_free[start:stop], budget = [False] * (stop - start), budget - (stop - start)
-            labels[row, start:stop] = tokens[row, start:stop]
-            share = float(torch.rand((), generator=generator, device=device))
-            if share < 0.8:
-                masked[row, start:stop] = mask_token_id
-            elif share < 0.9:
-                random = torch.randint(vocab_size, (stop - start,), generator=generator, device=device)
-                masked[row, start:stop] = random.to(tokens.device)
-            if budget == 0:
-                break
-    return MaskedTokens(masked, labels)
-
-
 class SpanCorruptionModule(TokenPredictionModule):
     """Pretrains an encoder-decoder by span corruption (T5, Raffel et al. 2020, section 3.1.4).
 
@@ -165,12 +112,16 @@ class SpanCorruptionModule(TokenPredictionModule):
         vocab_size: Vocabulary size; set from the data module.
         noise_density: Fraction of the tokens to remove. Defaults to 0.15.
         mean_span_length: Mean length of a span. Defaults to 3.
-        sentinel_ids: Ids of the sentinels in order. None adds ``num_sentinels`` after the last id.
+        sentinel_ids: Ids of the sentinels in order. Defaults to ``sentinel_token_ids``; if there are none,
+            ``num_sentinels`` are added after the last id.
         num_sentinels: Number of sentinels to add. Defaults to 100.
+        segment_length: Tokens of a text; set from the data module. None checks the number of sentinels at each step.
+        sentinel_token_ids: Ids of the tokenizer's sentinels; set from the data module.
         **options: ``optimizer`` and ``scheduler`` of :class:`BaseModule`.
 
     Raises:
-        MemtxError: There is no model, or the pretrained one is no encoder-decoder or has a smaller vocabulary.
+        MemtxError: There is no model, or the pretrained one is no encoder-decoder or has a smaller vocabulary, or
+            there are too few sentinels.
     """
 
     model: EncoderDecoder
@@ -184,19 +135,39 @@ class SpanCorruptionModule(TokenPredictionModule):
         mean_span_length: float = 3.0,
         sentinel_ids: Sequence[int] | None = None,
         num_sentinels: int = 100,
+        segment_length: int | None = None,
+        sentinel_token_ids: Sequence[int] = (),
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        sample_noise_spans(2, noise_density, mean_span_length)  # which checks the numbers
-        added = [vocab_size + index for index in range(num_sentinels)] if sentinel_ids is None else []
-        self.sentinel_ids = list(sentinel_ids) if sentinel_ids is not None else added
+        known = sentinel_token_ids if sentinel_ids is None else sentinel_ids
+        self.sentinel_ids = list(known) or [vocab_size + index for index in range(num_sentinels)]
+        if len({*self.sentinel_ids}) < len(self.sentinel_ids) or min(self.sentinel_ids, default=0) < 0:
+            raise MemtxError("sentinel_ids repeat an id or have a negative one.", "Give distinct ids of tokens.")
+        _, num_spans = count_noise(segment_length or 2, noise_density, mean_span_length)
+        if (missing := num_spans + 1 - len(self.sentinel_ids)) > 0:
+            message = (
+                f"{num_spans} spans in {segment_length or 2} tokens need {num_spans + 1} sentinels, one after the "
+            )
+            hint = "Give more model.sentinel_ids, or" if known else f"Set model.num_sentinels to {num_spans + 1}, or"
+            message += f"last; there are {len(self.sentinel_ids)}, {missing} are missing."
+            raise MemtxError(message, f"{hint} raise model.mean_span_length or cut data.segment_length.")
         num_tokens = max([vocab_size - 1, *self.sentinel_ids]) + 1
         if pretrained is not None:
-            self.model = load_initial_model(pretrained, EncoderDecoder, "an encoder-decoder", num_tokens)
+            self.model = load_initial_model(pretrained, EncoderDecoder, "an encoder-decoder", vocab_size)
+            if (missing := num_tokens - self.model.vocab_size) > 0:
+                message = f"The sentinels have ids up to {num_tokens - 1}, '{pretrained}' has {self.model.vocab_size} "
+                message += f"ids: {missing} are missing" + (
+                    "." if known else ", and the tokenizer has no <extra_id_0>."
+                )
+                raise MemtxError(message, "Give ids of tokens that texts do not use as model.sentinel_ids.")
         elif model is not None:
             self.model = model(num_tokens)
         else:
             raise MemtxError("There is no model.", "Give model.model or model.pretrained.")
+        if not known:
+            first = f"Sentinels of spans are added to the tokenizer's ids: {self.sentinel_ids[0]}"
+            rank_zero_info(f"{first} to {self.sentinel_ids[-1]}.")
         self.noise_density, self.mean_span_length = noise_density, mean_span_length
 
     def predict_tokens(

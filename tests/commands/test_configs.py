@@ -35,7 +35,7 @@ SERIES = {"series"}
 TASKS = {"movie-reviews": "classification", "conll2000": "tagging", "rte": "matching", "squad2": "questions"}
 TASKS |= {"multiple-choice": "multiple_choice", "multi-label": "multi_label"}
 TASKS |= {name: name for name in ("retrieval", "dialogue")}
-SUMMARIES = {"summaries", "led-summaries", "dialogue-replies"}
+SUMMARIES = {"summaries", "led-summaries", "dialogue-replies", "span-corruption"}
 BACKBONES = {*TASKS, "tinybert-task"}
 """Configs of tasks, whose model is a backbone with a head; those with a teacher are trained in test_distil."""
 

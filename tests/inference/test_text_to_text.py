@@ -43,7 +43,7 @@ def test_a_folder_answers_with_its_options(folder: Path, capsys: pytest.CaptureF
     assert get_published_task(folder) == "ForConditionalGeneration"
     predictor = load_published_predictor(folder)
     assert isinstance(predictor, TextToText)
-    assert (predictor.options.num_beams, predictor.options.length_penalty) == (3, 2.0)
+    assert (predictor.generation.search.num_beams, predictor.generation.search.length_penalty) == (3, 2.0)
     texts = ["The fox.", "Call me"]
     predictions = predictor.predict(texts)
     assert [predictor.predict([text])[0] for text in texts] == predictions
@@ -89,11 +89,78 @@ def test_the_command_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert hot[0] == hot[1]
     assert len(set(hot)) > 1
     for options, message in (
-        (["--num-beams", "3", "--temperature", "2"], "num_beams is 3, but a single target is sampled."),
+        (["--num-beams", "3", "--temperature", "2"], "num_beams is 3, but a single target is sampled (temperature)."),
         (["--top-p", "0"], "top_p is 0.0, expected above 0"),
         (["--num-beams", "0"], "num_beams is 0."),
+        (["--max-length", "1"], "max_length is 1"),
+        (["--length-penalty", "nan"], "length_penalty is nan"),
     ):
         assert main([*command, *options]) == 2
         err = capsys.readouterr().err
         assert message in err
         assert err.count("\n") == 1
+    assert len(summary("--max-length", "4")) < len(summary("--max-length", "12"))
+    assert summary("--no-repeat-ngram-size", "0") != summary("--no-repeat-ngram-size", "1")
+
+
+def test_a_folder_that_samples_its_beams_says_what_is_done(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_published_predictor(folder)
+    assert not caplog.messages
+    options = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(options | {"do_sample": True}))
+    predictor = load_published_predictor(folder)
+    assert isinstance(predictor, TextToText)
+    assert predictor.generation.sampling_params is None
+    assert caplog.messages == ["do_sample is not used: the 3 beams are searched, not sampled."]
+
+
+def test_requests_have_options_of_their_own(folder: Path) -> None:
+    pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
+    testclient = pytest.importorskip("fastapi.testclient", reason="the package 'httpx' is not installed")
+    from memtx.serving.app import create_task_app
+
+    predictor = load_published_predictor(folder)
+    assert isinstance(predictor, TextToText)
+    with testclient.TestClient(create_task_app(predictor, model_name="m")) as web:
+
+        def post(**fields: Any) -> Any:
+            return web.post("/v1/predict", json={"input": "The fox."} | fields)
+
+        def summary(**fields: Any) -> str:
+            (prediction,) = post(**fields).json()["data"]
+            return str(prediction["summary"])
+
+        searched = predictor.predict(["The fox."])[0]["summary"]
+        assert summary() == summary(seed=None, temperature=None) == searched
+        for fields in (
+            {"num_beams": 1},
+            {"num_beams": 2, "length_penalty": 0, "early_stopping": "never", "min_length": 3},
+            {"temperature": 5.0, "seed": 1},
+            {"temperature": 5, "top_k": -1, "top_p": 0.9, "min_p": 0.01, "seed": 2, "max_length": 7},
+        ):
+            changes = fields | ({"top_k": 0} if "top_k" in fields else {})
+            generation = predictor.generation.changed(**changes)
+            assert summary(**fields) == predictor.predict(["The fox."], generation=generation)[0]["summary"]
+        assert summary() == searched  # A request changes no other one.
+        for fields, message in (
+            ({"temprature": 1}, "Did you mean 'temperature'?"),
+            ({"num_beams": 3, "temperature": 2.0}, "num_beams is 3, but a single target is sampled (temperature)."),
+            ({"num_beams": 65}, "num_beams (65) must be at most 64."),
+            ({"num_beams": 0}, "num_beams"),
+            ({"num_beams": True}, "num_beams"),
+            ({"top_p": 0}, "top_p is 0"),
+            ({"temperature": "hot"}, "temperature"),
+            ({"temperature": -1}, "temperature is -1"),
+            ({"max_length": 10**6}, "max_length is 1000000, the decoder has"),
+            ({"early_stopping": "sometimes"}, "early_stopping"),
+            ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+            ({"no_repeat_ngram_size": 1.5}, "no_repeat_ngram_size"),
+            ({"seed": 2**64}, "seed"),
+        ):
+            response = post(**fields)
+            assert response.status_code == 400, (fields, response.text)
+            text = response.json()["error"]["message"]
+            assert message in text
+            assert "\n" not in text
+            if not message.startswith("Did"):
+                assert response.json()["error"]["param"] == next(iter(fields))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 import shutil
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import memtx
 from memtx.cli.convert import FREEZE_PATTERNS
 from memtx.cli.main import main
 from memtx.errors import MemtxError
+from memtx.layers.embeddings import TextEmbeddings
 from memtx.models.encoder import Encoder
 from memtx.models.long_encoder import to_bigbird, to_longformer
 from memtx.training.pretraining import MaskedModule
+from tests.commands.runs import write_books
 from tests.hf.test_parity import ARGUMENTS, folders
 
 CHANGES: dict[str, Any] = {
@@ -111,10 +114,52 @@ def test_the_tokenizer_and_the_frozen_part_go_with_the_folder(
     encoder = memtx.from_pretrained(tmp_path / "long")
     names = [name for name, _ in encoder.named_parameters()]
     # The callback refuses a pattern that matches nothing.
-    frozen = [{name for name in names if fnmatchcase(name, pattern)} for pattern in json.loads(FREEZE_PATTERNS["rest"])]
+    frozen = [{name for name in names if fnmatchcase(name, pattern)} for pattern in FREEZE_PATTERNS["rest"]]
     assert all(frozen)
     assert set(names) - set().union(*frozen) == {"embedding.position_embeddings.weight"}
-    assert [fnmatchcase(name, json.loads(FREEZE_PATTERNS["positions"])[0]) for name in names].count(True) == 1
+    assert [fnmatchcase(name, FREEZE_PATTERNS["positions"][0]) for name in names].count(True) == 1
+
+
+@pytest.mark.parametrize(
+    ("freeze", "to"),
+    [
+        ("positions", "longformer"),
+        ("new-positions", "bigbird"),
+        ("rest", "bigbird"),
+        ("all-but-new-positions", "longformer"),
+    ],
+)
+def test_frozen_parameters_stay_in_training_and_after_a_resumption(
+    freeze: str, to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    Encoder(258, 16, 1, 2, embeddings=partial(TextEmbeddings, num_positions=24)).save_pretrained(tmp_path / "short")
+    write_books(tmp_path / "books")
+    sizes = {"longformer": ["--window", "8"], "bigbird": ["--block-size", "8", "--num-random-blocks", "1"]}[to]
+    arguments = ["convert", str(tmp_path / "short"), str(tmp_path / "long"), "--to", to, *sizes, "--freeze", freeze]
+    assert main([*arguments, "--max-length", "24"]) == (2 if "new" in freeze else 0)
+    assert main([*arguments, "--max-length", "48", "--overwrite"]) == 0
+    monkeypatch.chdir(Path(memtx.__file__).parent.parent)
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1].partition(" -m memtx ")[2])
+    options = {
+        "--run_dir": tmp_path / "run", "--data.root": tmp_path / "books", "--data.cache_dir": tmp_path / "cache",
+        "--data.tokenizer": "memtx.data.tokenizers.ByteTokenizer", "--data.segment_length": 48, "--data.batch_size": 2,
+        "--data.eval_tokens": 200, "--trainer.precision": 32, "--trainer.accelerator": "cpu",
+        "--trainer.accumulate_grad_batches": 1, "--trainer.limit_val_batches": 1, "--trainer.val_check_interval": 2,
+        "--model.optimizer.lr": 0.01, "--model.optimizer.weight_decay": 0.5, "--model.scheduler": "null",
+    }  # fmt: skip
+    fit = [*words, *(word for option in options.items() for word in map(str, option)), "--trainer.max_steps"]
+    before = memtx.from_pretrained(tmp_path / "long").state_dict()
+    for run in ([*fit, "2"], [*fit, "4", "--ckpt_path", "last"]):
+        assert main(run) == 0
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    after = memtx.from_pretrained(path).state_dict()
+    name = "embedding.position_embeddings.weight"
+    moved = (before[name] != after[name]).any(1)
+    assert moved[:24].all() if freeze in ("new-positions", "rest") else not moved[:24].any()
+    assert moved[24:].all() if freeze in ("rest", "all-but-new-positions") else not moved[24:].any()
+    others = [not torch.equal(before[key], after[key]) for key in before if key != name]
+    assert any(others) == (freeze in ("positions", "new-positions"))
 
 
 @pytest.mark.parametrize(

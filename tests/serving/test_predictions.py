@@ -56,6 +56,7 @@ def test_errors_are_one_object(web: TestClient) -> None:
     assert "There is no 'text'" in message({"input": {"txt": "x"}})
     assert "Input 1: The text is empty" in message({"input": ["x", " "]})
     assert "empty list" in message({"input": []})
+    assert "temperature is for encoder-decoders" in message({"input": "x", "temperature": 1.0})
     assert "tokens" in message({"input": "the whale " * 100})
     for body in ({"input": 3}, {"input": [3]}, {"input": None}, {}, [], {"input": [["x"]]}):
         message(body)

@@ -19,7 +19,14 @@ from memtx.memory.copy_memory import CopyMemory
 from memtx.memory.retrieval import RetrievalMemory
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.language import LanguageModule
-from memtx.training.optimizers import WarmupCosine, WarmupLinear, build_optimizer, build_scheduler, make_param_groups
+from memtx.training.optimizers import (
+    StagedLinear,
+    WarmupCosine,
+    WarmupLinear,
+    build_optimizer,
+    build_scheduler,
+    make_param_groups,
+)
 from memtx.training.tbptt import unroll
 from tests.memory_zoo import KINDS
 from tests.training.small import SEGMENT, Record, adam, data, memory, model, module, sgd, trainer, weights
@@ -189,6 +196,24 @@ def test_warmup_then_a_line() -> None:
     # By get_linear_schedule_with_warmup of transformers, one step ahead in the warm-up.
     rates = learning_rates(WarmupLinear(optimizer(), warmup_steps=4, total_steps=12), 14)
     assert rates == pytest.approx([0.5, 1.0, 1.5, 2.0, *(2.0 * (12 - step) / 8 for step in range(4, 13)), 0.0])
+
+
+def test_a_second_stage_begins_as_a_run_of_its_own() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    adam = torch.optim.AdamW([weight], lr=2.0)
+    schedule = StagedLinear(adam, second_stage=0.5, lr_ratio=0.5, warmup_fraction=0.4, total_steps=20)
+    rates, counts = [], []
+    for _ in range(20):
+        rates.append(adam.param_groups[0]["lr"])
+        weight.sum().backward()
+        adam.step()
+        counts.append(int(adam.state[weight]["step"]))
+        schedule.step()
+    assert rates == pytest.approx([2.0] * 10 + [0.25, 0.5, 0.75, 1.0] + [(10 - step) / 6 for step in range(4, 10)])
+    assert counts == [*range(1, 11), *range(1, 11)]
+    for wrong in ({"second_stage": 1.5}, {"lr_ratio": 0.0}, {"warmup_fraction": -0.1}):
+        with pytest.raises(MemtxError):
+            StagedLinear(adam, **wrong)
 
 
 def test_a_resumed_schedule_has_the_new_settings() -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 
 from memtx.data.books import BookDataModule
+from memtx.errors import MemtxError
 from memtx.layers.embeddings import TextEmbeddings
 from memtx.layers.longformer import LongformerAttention
 from memtx.layers.reformer import LocalAttention, LSHAttention
@@ -106,6 +108,22 @@ def test_the_mask_token_is_added_or_given() -> None:
     module = MaskedModule(ENCODER, 50, mask_token_id=4)
     assert (module.model.vocab_size, module.mask_id) == (50, 4)
     assert MaskedModule(ENCODER, 50, mask_id=3, mask_token_id=4).mask_id == 3
+
+
+def test_spans_of_words_are_masked(root: Path) -> None:
+    _, data = parts("masked", root)
+    torch.manual_seed(0)
+    module = MaskedModule(ENCODER, data.vocab_size, mask_spans=True, mask_prob=0.5, optimizer=adam, scheduler=None)
+    trainer(max_steps=1, max_epochs=-1, limit_val_batches=0).fit(module, data)
+    batch = next(iter(data.val_dataloader()))
+    masked = module._mask_batch(batch, torch.Generator().manual_seed(0))
+    selected = masked.labels >= 0
+    word_ids = torch.from_numpy(np.stack([data.tokenizer.word_ids(text) for text in batch.tokens.tolist()]))
+    for row, words in zip(selected, word_ids, strict=True):
+        assert 0 < row.sum() <= len(row) // 2
+        assert all(row[words == word].unique().numel() == 1 for word in words.unique())
+    with pytest.raises(MemtxError, match="mask_spans whole words"):
+        MaskedModule(ENCODER, 50, mask_spans=True, mask_smoothing=0.7)
 
 
 def test_only_masked_tokens_are_scored() -> None:

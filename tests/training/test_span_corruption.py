@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memtx.cli.main import main
 from memtx.errors import MemtxError
 from memtx.models.encoder import Encoder
 from memtx.models.encoder_decoder import EncoderDecoder
-from memtx.training.span_corruption import SpanCorruptionModule, corrupt_spans, mask_geometric_spans, sample_noise_spans
+from memtx.training.objectives import mask_geometric_spans
+from memtx.training.span_corruption import SpanCorruptionModule, corrupt_spans, sample_noise_spans
+from tests.commands.program import HOME
+from tests.commands.runs import write_books
 from tests.training.small import adam, data, trainer
 
 SENTINELS = list(range(1000, 1100))
@@ -103,3 +108,69 @@ def test_an_encoder_decoder_is_trained(tmp_path: Path) -> None:
     for options in ({"noise_density": 1.0}, {"mean_span_length": 0.5}, {"model": None}):
         with pytest.raises(MemtxError):
             SpanCorruptionModule(**({"model": make} | options))
+
+
+def fit(root: Path, *options: str) -> int:
+    """Run two steps of the config at a small size."""
+    sizes = {"depth": 1, "hidden_dim": 16, "encoder.dim": 16, "encoder.depth": 1, "encoder.hidden_dim": 16}
+    sizes |= {"encoder.attentions": "[memtx.layers.encoder_attention.FullAttention]"}
+    model = (word for name, value in sizes.items() for word in (f"--model.model.{name}", str(value)))
+    return main([
+        "fit", "--config", str(HOME / "configs" / "span-corruption.yaml"), "--data.root", str(root), *model,
+        "--run_dir", str(root.parent / f"{root.name}-run"), "--data.cache_dir", str(root.parent / "cache"),
+        "--data.batch_size", "2", "--data.segment_length", "40", "--trainer.max_steps", "2", "--trainer.accelerator",
+        "cpu", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "1", *options,
+    ])  # fmt: skip
+
+
+def write_lines(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def write_tokenizer(path: Path, sentinels: int) -> str:
+    """Write a Unigram tokenizer with T5's special tokens, its sentinels in descending order as there."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -3.0) for letter in "\u2581abcdefgh")]
+    backend = Tokenizer(models.Unigram(vocabulary, 2))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    backend.add_special_tokens([f"<extra_id_{index}>" for index in reversed(range(sentinels))])
+    backend.save(str(path))
+    return str(path)
+
+
+def test_the_config_trains_on_books_and_on_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_books(tmp_path / "books")
+    lines = write_lines(tmp_path / "lines.jsonl", ["abc deaf gab " * 40] * 20)
+    size = ("--data.tokenizer.vocab_size", "120")
+    assert fit(tmp_path / "books", *size) == 0
+    tokenizer = ("--data.tokenizer", "memtx.data.hf_tokenizers.HFTokenizer", "--data.tokenizer.path")
+    path = write_tokenizer(tmp_path / "tokenizer.json", 4)
+    assert fit(lines, *tokenizer, path, "--model.num_sentinels", "0") == 0
+    capsys.readouterr()
+    # Published models have ids for their own tokens alone.
+    led = ("--model.pretrained", str(tmp_path / "lines.jsonl-run"))
+    bare = write_tokenizer(tmp_path / "bare.json", 0)
+    for options, message in (
+        ((*tokenizer, write_tokenizer(tmp_path / "few.json", 2)), "2 spans in 40 tokens need 3 sentinels, one"),
+        ((*tokenizer, bare, "--model.num_sentinels", "2"), "there are 2, 1 are missing. Set model.num_sentinels to 3"),
+        ((*tokenizer, bare, *led), "are missing, and the tokenizer has no <extra_id_0>. Give ids of tokens"),
+        (("--model.sentinel_ids", "[5,5,6]"), "sentinel_ids repeat an id"),
+    ):
+        assert fit(lines, "--run_dir", str(tmp_path / "other"), *options) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1
+    other = ("--run_dir", str(tmp_path / "next"), "--model.sentinel_ids", "[9,8,7]")
+    assert fit(lines, *tokenizer, bare, *led, *other) == 0
+
+
+def test_sentinels_are_the_tokenizers(tmp_path: Path) -> None:
+    from memtx.data.hf_tokenizers import HFTokenizer
+
+    write_books(tmp_path / "books")
+    tokenizer = HFTokenizer(write_tokenizer(tmp_path / "tokenizer.json", 5))
+    books = data(tmp_path, tokenizer=tokenizer)
+    assert books.sentinel_token_ids == [16, 15, 14, 13, 12]
+    assert data(tmp_path).sentinel_token_ids == []

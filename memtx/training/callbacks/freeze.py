@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from memtx.errors import MemtxError, closest_match
+
+_ROWS = re.compile(r"(.+)\[(\d*):(\d*)\]")
+
+
+class _FrozenRows(NamedTuple):
+    """Rows of a parameter and the values that they keep."""
+
+    parameter: nn.Parameter
+    rows: slice
+    values: Tensor
 
 
 class Freeze(pl.Callback):
@@ -18,7 +31,8 @@ class Freeze(pl.Callback):
     gradient. (Lightning's BaseFinetuning adds them as parameter groups later, which the schedule does not know.)
 
     Args:
-        parameters: Patterns of parameter names, such as ``backbone.*`` or ``backbone.blocks.[0-5].*``.
+        parameters: Patterns of parameter names, such as ``backbone.*`` or ``backbone.blocks.[0-5].*``; a pattern that
+            ends in ``[start:stop]`` freezes these rows alone, as of ``embedding.position_embeddings.weight[512:]``.
         epochs: Epochs to freeze them for. None means all.
 
     Raises:
@@ -31,21 +45,56 @@ class Freeze(pl.Callback):
                 f"Freeze has {len(parameters)} patterns and {epochs} epochs.", "Give at least one of each, or null."
             )
         self.parameters, self.epochs = tuple(parameters), epochs
+        self._hooks: list[Any] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Freeze the parameters, which the optimizer has by now; raises MemtxError if a pattern matches none."""
-        names = [name for name, _ in _model(pl_module).named_parameters()]
+        parameters = dict(_model(pl_module).named_parameters())
+        names = list(parameters)
         for pattern in self.parameters:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            match = _ROWS.fullmatch(pattern)
+            name_pattern = pattern if match is None else match[1]
+            matching = [name for name in names if fnmatchcase(name, name_pattern)]
+            if not matching:
                 raise MemtxError(
-                    f"No parameter matches '{pattern}'.{closest_match(pattern, names)}",
+                    f"No parameter matches '{pattern}'.{closest_match(name_pattern, names)}",
                     f"Use names such as '{names[0]}'; * matches anything.",
                 )
+            if match is not None:
+                rows = slice(*(int(bound) if bound else None for bound in match.groups()[1:]))
+                self._freeze_rows(trainer, [parameters[name] for name in matching], rows, pattern)
         self.on_train_epoch_start(trainer, pl_module)
+
+    def _freeze_rows(self, trainer: pl.Trainer, parameters: list[nn.Parameter], rows: slice, pattern: str) -> None:
+        """Keep the values of rows, which the optimizer would change by momentum and decay without a gradient."""
+        for parameter in parameters:
+            values = parameter.detach()[rows].clone()
+            if not len(values):
+                message = f"'{pattern}' has no rows: the parameter has {len(parameter)}."
+                raise MemtxError(message, "Give rows that it has.")
+            frozen = _FrozenRows(parameter, rows, values)
+
+            def drop_gradient(gradient: Tensor, rows: slice = rows) -> Tensor:
+                if self._is_trained(trainer):
+                    return gradient
+                gradient = gradient.clone()
+                gradient[rows] = 0.0
+                return gradient
+
+            def restore(*_: Any, frozen: _FrozenRows = frozen) -> None:
+                if not self._is_trained(trainer):
+                    with torch.no_grad():
+                        frozen.parameter[frozen.rows] = frozen.values
+
+            self._hooks.append(parameter.register_hook(drop_gradient))  # type: ignore[no-untyped-call]
+            self._hooks += [optimizer.register_step_post_hook(restore) for optimizer in trainer.optimizers]
+
+    def _is_trained(self, trainer: pl.Trainer) -> bool:
+        return self.epochs is not None and trainer.current_epoch >= self.epochs
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Freeze the parameters, or unfreeze them once their epoch has begun."""
-        is_trained = self.epochs is not None and trainer.current_epoch >= self.epochs
+        is_trained = self._is_trained(trainer)
         for parameter in self._matching_parameters(pl_module):
             if parameter.requires_grad and not is_trained:
                 parameter.grad = None
@@ -55,6 +104,9 @@ class Freeze(pl.Callback):
         """Unfreeze all parameters."""
         for parameter in self._matching_parameters(pl_module):
             parameter.requires_grad_(True)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def _matching_parameters(self, pl_module: pl.LightningModule) -> list[nn.Parameter]:
         named = _model(pl_module).named_parameters()
