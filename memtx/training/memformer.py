@@ -13,8 +13,8 @@ from memtx.training.language import LanguageModule
 class MemformerModule(LanguageModule):
     """Trains a Memformer by memory replay back-propagation (Wu et al. 2020, section 3.5).
 
-    A batch holds ``bptt_segments`` segments, the time horizon; the slots that a segment writes are read when the next
-    but one is predicted, so they learn from three segments on.
+    A batch holds ``bptt_segments`` segments, the length of back-propagation; the slots that a segment writes are read
+    when the next but one is predicted, so they learn from three segments on.
 
     Args:
         model: Creates the model from the vocabulary size.
