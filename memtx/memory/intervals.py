@@ -147,8 +147,9 @@ class IntervalRuns:
         offset = torch.arange(length, device=position.device)
         starts_run = (position % interval == 0) | (offset == 0)
         run = starts_run.cumsum(1) - 1
-        if segment.has_document_starts:
-            num_runs = max(num_runs, int(run.max()) + 1)
+        if segment.has_document_starts and length > 1:
+            # An exported program has room for documents of one token.
+            num_runs = length if torch.compiler.is_exporting() else max(num_runs, int(run.max()) + 1)
         runs = torch.arange(num_runs, device=position.device).expand(position.shape[0], -1).contiguous()
         start = torch.searchsorted(run, runs)
         size = torch.searchsorted(run, runs, right=True) - start

@@ -23,7 +23,7 @@ from tests.memory_zoo import KINDS
 from tests.third_party_memory import RunningMean
 
 FAST = [("compressed-convolution", "associative-gated", "copy"), ("gated-delta-net", "slots", "sinks-with-positions")]
-CUTTING = ("tokens", "rmt", "armt", "ernie-doc")
+CUTTING = ("tokens", "rmt", "armt", "ernie-doc", "titans-context")
 REST = [kind for kind in KINDS if kind not in {*FAST[0], *FAST[1], *CUTTING}]
 SLOW = [tuple(REST[start : start + 4]) for start in range(0, len(REST), 4)]
 
