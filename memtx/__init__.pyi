@@ -28,6 +28,8 @@ from .memory.memory_tokens import TokenMemory as TokenMemory
 from .memory.none import NoMemory as NoMemory
 from .memory.recurrent import RecurrentMemory as RecurrentMemory
 from .memory.retrieval import RetrievalMemory as RetrievalMemory
+from .memory.rmt import ARMTMemory as ARMTMemory
+from .memory.rmt import RMTMemory as RMTMemory
 from .memory.sinks import SinkMemory as SinkMemory
 from .memory.slots import SlotMemory as SlotMemory
 from .memory.titans import PersistentMemory as PersistentMemory

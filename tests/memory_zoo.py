@@ -28,6 +28,7 @@ from memtx.memory.memory_tokens import TokenMemory
 from memtx.memory.parts import DPFPFeatureMap, EluFeatureMap, Gate, ReflectingGate
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.retrieval import RetrievalMemory
+from memtx.memory.rmt import ARMTMemory, RMTMemory
 from memtx.memory.sinks import SinkMemory
 from memtx.memory.slots import SlotMemory
 from memtx.memory.titans import PersistentMemory, TitansContextMemory, TitansMemory
@@ -70,6 +71,14 @@ class ScoredMemory(TopKMemory):
     def __init__(self, dim: int, **options: Any) -> None:
         super().__init__(dim, **options)
         torch.nn.init.normal_(self.score.weight)
+
+
+class CalmARMTMemory(ARMTMemory):
+    """An associative memory whose writes are weak: with random weights, the published correction can grow forever."""
+
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__(dim, **options)
+        torch.nn.init.constant_(self.write_gate.bias, -4.0)
 
 
 def dual(window: int, rate: int, length: int) -> Stack:
@@ -135,6 +144,10 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
         )
     ),
     "tokens": with_window(lambda window, rate, length: partial(TokenMemory, num_tokens=2, interval=max(length, 1))),
+    "rmt": lambda window, rate, length: partial(RMTMemory, num_tokens=rate, interval=length + 4),
+    "armt": lambda window, rate, length: partial(
+        CalmARMTMemory, num_tokens=rate, interval=length + 4, key_dim=3, eps=10.0
+    ),
     "ernie-doc": lambda window, rate, length: partial(ErnieDocMemory, window=window, interval=max(length, 1)),
     "titans": lambda window, rate, length: [
         partial(RecurrentMemory, window=window),

@@ -60,7 +60,31 @@ _LOCAL, _LSH = (
     )
 )  # fmt: skip
 REFORMER_LAYERS = [_LOCAL, _LOCAL, _LSH, _LOCAL]
+XLNET = "Yang et al. 2019"
+XLNET_ROWS: dict[str, Row] = {
+    f"model.model.{path}": (value, f"{XLNET}, section 3.4: BERT-Base's sizes")
+    for path, value in {"dim": 768, "depth": 12, "heads": 12, "hidden_dim": 3072}.items()
+} | {
+    path.replace("__", "."): (value, f"{XLNET}, table 8")
+    for path, value in {
+        "model__context_ratio": 6, "model__model__dropout": 0.1, "sequences": 8192, "trainer__max_steps": 500000,
+        "model__optimizer__lr": 4e-4, "model__optimizer__eps": 1e-6, "model__optimizer__weight_decay": 0.01,
+        "model__scheduler__class_path": "memtx.training.optimizers.WarmupLinear",
+        "model__scheduler__warmup_steps": 40000,
+    }.items()
+} | {
+    path.replace("__", "."): (value, "zihangdai/xlnet, README.md, pretraining")
+    for path, value in {
+        "data__segment_length": 256, "model__model__reuse_length": 256, "model__model__memory_length": 384,
+        "model__num_targets": 85, "data__tokenizer__vocab_size": 32000,
+    }.items()
+} | {
+    "model.max_span": (5, f"{XLNET}, section 3.1"), "model.scheduler.min_lr_ratio": (0.001, "train.py, min_lr_ratio"),
+    "trainer.gradient_clip_val": (1.0, "train.py, clip"), "parameters": (117, "the published checkpoint"),
+    "target": ("85.6", f"{XLNET}, table 6"),
+}  # fmt: skip
 TABLE: dict[str, dict[str, Row]] = {
+    "xlnet": XLNET_ROWS,
     "transformer-xl-wt103": ADAM | WORDS | script(
         "pytorch/run_wt103_base.sh", model__model__dim=410, model__model__depth=16, model__model__heads=10,
         model__model__head_dim=41, model__model__hidden_dim=2100, model__model__dropout=0.1,
@@ -202,7 +226,7 @@ def find_value(name: str, path: str) -> Any:
     if path == "streams":
         return lookup(content, "data.batch_size") * trainer.get("devices", 1)
     if path == "sequences":
-        return lookup(content, "data.batch_size") * trainer.get("accumulate_grad_batches", 1)
+        return find_value(name, "streams") * trainer.get("accumulate_grad_batches", 1)
     if path == "warmup":
         return lookup(content, "model.scheduler.warmup_steps") / trainer["max_steps"]
     if path == "target":

@@ -174,6 +174,23 @@ def test_compare_memories_measures_recall_at_any_distance(tmp_path: Path) -> Non
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_compare_babilong_adds_rows_to_those_it_saved(tmp_path: Path) -> None:
+    story = "1 Ann moved to the garden.\n2 Bob went to the attic.\n3 Where is Ann?\tgarden\t1\n"
+    for split in ("train", "test"):
+        (tmp_path / f"qa1_where_{split}.txt").write_text(story * 20)
+    options = (
+        "--babi-dir", tmp_path, "--root", "embedded", "--seconds", "1", "--dim", "8", "--batch-size", "4",
+        "--vocab-size", "300", "--num-samples", "2", "--output-dir", tmp_path, "--json", "-", "--curricula", "yes",
+    )  # fmt: skip
+    for memories in (["RMT"], ["RMT", "ARMT", "gated delta net"]):
+        process = run(sys.executable, SCRIPTS / "compare_babilong.py", *options, "--memories", *memories)
+        assert process.returncode == 0, process.stderr
+        rows = json.loads(process.stdout.splitlines()[-1])["rows"]
+        assert list(rows) == [f"{memory}/yes/0" for memory in memories]
+        assert all(set(row["accuracy"]) == {"1", "2", "10"} and row["chance"] == 1.0 for row in rows.values())
+
+
 def test_compare_memories_continues_from_saved_figures(tmp_path: Path) -> None:
     options = (
         "--tasks", "T1 recall", "--seeds", "0", "--steps", "1", "--batch-size", "2", "--dim", "8", "--distances", "3",

@@ -107,6 +107,9 @@ def load_language_model(
 ) -> tuple[MemoryTransformer | RecurrentReformer, Tokenizer]:
     """Load any recurrent language model, as :func:`load_model_and_tokenizer` does; a Reformer reads by whole calls."""
     checkpoint = load(path, window)
+    if not isinstance(checkpoint.model, MemoryTransformer | Reformer):
+        message = f"'{checkpoint.path}' holds a model that continues no text ({type(checkpoint.model).__name__})."
+        raise CheckpointError(message, "Give a language model; memtx predict runs models of tasks.")
     if not isinstance(checkpoint.model, Reformer):
         model = checkpoint.model_as(MemoryTransformer)
         return model, _load_tokenizer(checkpoint, model.vocab_size)

@@ -48,6 +48,9 @@ class BabilongDataModule(EpisodeDataModule):
         eval_batch_size: Episodes of a batch in evaluation. None uses ``batch_size``.
         eval_steps: Batches of validation and of test. At least 1.
         shorter_episodes: Fraction of batches with fewer segments than the curriculum's current number.
+        max_trailing: Maximum tokens of book text after the answer, a random number in every episode. With 0 the answer
+            ends the episode, so a memory that knows positions within a segment (RMT) reads its length off the
+            question's place, and fails at other places.
     """
 
     def __init__(
@@ -64,9 +67,12 @@ class BabilongDataModule(EpisodeDataModule):
         eval_batch_size: int | None = None,
         eval_steps: int = 4,
         shorter_episodes: float = 0.0,
+        max_trailing: int = 0,
     ) -> None:
         super().__init__(batch_size, num_segments, seed, steps_per_epoch, eval_batch_size, eval_steps, shorter_episodes)
         check_options(1, segment_length=segment_length, **{"number of tasks": len(tasks)})
+        check_options(0, max_trailing=max_trailing)
+        self.max_trailing = max_trailing
         self.babi_dir, self.root, self.tasks, self.segment_length = babi_dir, root, tuple(tasks), segment_length
         self.tokenizer: Tokenizer = tokenizer if tokenizer is not None else ByteTokenizer()
         self._haystacks: dict[int, Haystack] = {}
@@ -147,12 +153,19 @@ class BabilongDataModule(EpisodeDataModule):
         num_bytes = torch.zeros(batch_size, dtype=torch.int64)
         for row in range(batch_size):
             story = stories[int(torch.randint(len(stories), (), generator=generator))]
-            context_length = length - num_reserved - len(story.question) - len(story.answer)
+            trailing = 0
+            if self.max_trailing:
+                num_tokens = int(torch.randint(self.max_trailing + 1, (), generator=generator))
+                trailing = min(num_tokens, length - num_reserved - story.num_tokens)
+            context_length = length - trailing - num_reserved - len(story.question) - len(story.answer)
             context = haystack.hide_in_order(story.facts, context_length, generator)
             assert context is not None
             parts = [np.asarray(self.tokenizer.bos_token_ids, dtype=np.int64), context, story.question, story.answer]
+            if trailing:
+                parts += haystack.sample_filler(trailing, generator)
             tokens[row] = np.concatenate(parts)
-            labels[row, -len(story.answer) - 1 : -1] = story.answer
+            end = length - trailing - 1
+            labels[row, end - len(story.answer) : end] = story.answer
             num_bytes[row] = story.num_answer_bytes
         document_starts = torch.zeros(batch_size, length, dtype=torch.bool)
         document_starts[:, 0] = True
@@ -162,7 +175,8 @@ class BabilongDataModule(EpisodeDataModule):
     def _describe_episodes(self) -> dict[str, Any]:
         """Return the tasks, the segment length and the tokenizer, as JSON text."""
         tokenizer = self.tokenizer.to_json() if self.tokenizer.is_trained else None
-        return {"tasks": list(self.tasks), "segment_length": self.segment_length, "tokenizer": tokenizer}
+        options = {"max_trailing": self.max_trailing} if self.max_trailing else {}
+        return {"tasks": list(self.tasks), "segment_length": self.segment_length, "tokenizer": tokenizer, **options}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a checkpoint's position and, in evaluation, its tokenizer; raises CheckpointError."""

@@ -91,6 +91,17 @@ class HFTokenizer(BackendTokenizer):
         length = next((length for length, token in enumerate(ids[start:]) if token != self.sep_token_id), 1)
         return max(length, 1)
 
+    @property
+    def has_cls_last(self) -> bool:
+        """True if the file's post-processor puts ``[CLS]`` at the end, as for XLNet."""
+        ids: list[int] = self._require_backend().encode("").ids
+        return ids[-1:] == [self.cls_token_id]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Number of special tokens before a text."""
+        return 0 if self.has_cls_last else 1
+
     def encode_with_offsets(self, texts: Sequence[str]) -> list[Encoding]:
         """Return the tokens of whole texts, without special tokens; raises DataError for a lone surrogate."""
         for text in texts:

@@ -107,11 +107,13 @@ class BackendTokenizer(Tokenizer):
         from tokenizers import AddedToken
 
         vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        # Of several spellings, the file's post-processor uses the one that is meant.
+        used = backend.encode("").tokens if self.SPECIAL_TOKENS else ()
         for name, spellings in self.SPECIAL_TOKENS.items():
-            token = next((token for token in spellings if token in vocabulary), None)
-            if token is None:
-                token = spellings[0]
-                backend.add_special_tokens([AddedToken(token, special=True)])
+            known = [token for token in spellings if token in vocabulary]
+            token = next((token for token in known if token in used), known[0] if known else "")
+            if not token:
+                backend.add_special_tokens([AddedToken(token := spellings[0], special=True)])
                 vocabulary = backend.get_vocab(with_added_tokens=True)
             self._special_token_ids[name] = vocabulary[token]
         if not vocabulary:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from memtx.errors import MemtxError, check_at_least
 from memtx.layers.lm_head import NoHead
 from memtx.memory.memory_tokens import TokenMemory
+from memtx.memory.rmt import SegmentMemory
 from memtx.models.memory_transformer import MemoryTransformer
 
 NamedState = dict[str, Tensor]
@@ -82,7 +83,7 @@ def _check_parts(model: MemoryTransformer, segment_length: int) -> None:
         raise MemtxError("The model has no language modeling head to export.", "Export one with add_lm_head.")
     memories = [memory for block in model._layers() for memory in block.attention.memories]
     for memory in memories:
-        if segment_length > 1 and (memory.needs_layer_output or isinstance(memory, TokenMemory)):
+        if segment_length > 1 and (memory.needs_layer_output or isinstance(memory, TokenMemory | SegmentMemory)):
             message = f"{type(memory).__name__} cuts segments where a stream's intervals end, which no program can."
             raise MemtxError(message, "Export segments of 1 token.")
 

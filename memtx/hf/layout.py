@@ -49,15 +49,18 @@ class WeightTransform:
     Attributes:
         slices: The tensor's rows in the model, in order.
         transposed: If True, the checkpoint stores ``(in, out)`` and the model ``(out, in)``.
+        last_dims: Last dimensions in the checkpoint, of heads and their width, which are one in the model; empty if
+            both have the same.
     """
 
     slices: tuple[RowSlice, ...]
     transposed: bool = False
+    last_dims: tuple[int, ...] = ()
 
     @property
     def _is_copy(self) -> bool:
         """True if the checkpoint's tensor is a tensor of the model, of any dimension."""
-        return self.slices == (RowSlice(self.slices[0].name),) and not self.transposed
+        return self.slices == (RowSlice(self.slices[0].name),) and not self.transposed and not self.last_dims
 
     def checkpoint_shape(self, weights: Mapping[str, Tensor]) -> tuple[int, ...]:
         """Return the shape in the checkpoint."""
@@ -65,7 +68,8 @@ class WeightTransform:
             return tuple(weights[self.slices[0].name].shape)
         parts = [part.select(weights) for part in self.slices]
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        return shape[::-1] if self.transposed else shape
+        shape = shape[::-1] if self.transposed else shape
+        return (*shape[:-1], *self.last_dims) if self.last_dims else shape
 
     def export(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Return the tensor as the checkpoint stores it."""
@@ -75,7 +79,8 @@ class WeightTransform:
             out = torch.cat(
                 [_deinterleave_rotary(part.select(weights), part.rotary_heads, part.rotary_dim) for part in self.slices]
             )
-        return out.mT if self.transposed else out
+        out = out.mT if self.transposed else out
+        return out.reshape(*out.shape[:-1], *self.last_dims) if self.last_dims else out
 
     def load_into(self, weights: Mapping[str, Tensor], tensor: LazyTensor) -> None:
         """Read the checkpoint's tensor into the model's tensors."""
@@ -88,7 +93,7 @@ class WeightTransform:
         start = 0
         for part in self.slices:
             target = part.select(weights)
-            tensor.read_into(target, start)
+            tensor.read_into(target.view(len(target), *self.last_dims) if self.last_dims else target, start)
             if part.rotary_heads:
                 # One head at a time, so that the copies stay small.
                 for head in target.chunk(part.rotary_heads):
@@ -99,6 +104,7 @@ class WeightTransform:
     def _load_transposed(self, weights: Mapping[str, Tensor], tensor: LazyTensor) -> None:
         column = 0
         for chunk in iter_chunks(tensor):
+            chunk = chunk.flatten(1)
             row, end = 0, column + chunk.shape[0]
             for part in self.slices:
                 target = part.select(weights)

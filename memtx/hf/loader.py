@@ -49,6 +49,7 @@ ENCODERS = {
     "reformer": "memtx.hf.reformer:build",
     **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), "memtx.hf.bert:build_roberta"),
     "transfo-xl": "memtx.hf.transformer_xl:build",
+    "xlnet": "memtx.hf.xlnet:build",
 }
 BIDIRECTIONAL_ENCODERS = ENCODERS.keys() - {"bigbird_pegasus", "led", "reformer", "transfo-xl"}
 """Encoders that continue no text: they serve a task alone."""

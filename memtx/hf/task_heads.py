@@ -14,7 +14,7 @@ from memtx.errors import CheckpointError
 from memtx.hf.checkpoint import HFCheckpoint
 from memtx.hf.layout import KeyMapping
 from memtx.hf.loader import load_weights
-from memtx.models.heads import CLSPooling, SequenceClassificationHead, TaskModel, TokenClassificationHead
+from memtx.models.heads import CLSPooling, Pooling, SequenceClassificationHead, TaskModel, TokenClassificationHead
 
 SEQUENCE_CLASSIFICATION = "ForSequenceClassification"
 TOKEN_CLASSIFICATION = "ForTokenClassification"
@@ -23,17 +23,19 @@ MASKED_LM = "ForMaskedLM"
 TASKS = (SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, QUESTION_ANSWERING, MASKED_LM)
 """Ends of the class names in ``architectures``."""
 
+HEAD_PREFIXES = ("classifier.", "pre_classifier.", "qa_", "sequence_summary.", "logits_proj.")
 POOLER_PATTERN = r"pooler\.(dense\.)?(weight|bias)"
 """Names of a pooler, which heads that score every token do not use."""
 
 
 @dataclass(frozen=True)
 class TaskPooling:
-    """Modules between the first token and the scores of a text: names in the checkpoint, and the activation."""
+    """Modules between the tokens and the scores of a text: names in the checkpoint, the activation, and the pooling."""
 
     dense: str = "pooler.dense"
     out: str = "classifier"
     activation: Callable[[], nn.Module] = nn.Tanh
+    factory: Callable[..., Pooling] = CLSPooling
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,11 @@ def get_class_name(config: Mapping[str, Any]) -> str:
 
 
 def get_task(config: Mapping[str, Any]) -> str | None:
-    """Return the end of the class name in config.json that names a task in ``TASKS``, or None."""
-    return next((task for task in TASKS if get_class_name(config).endswith(task)), None)
+    """Return the end of the class name in config.json that names a task in ``TASKS``, or None.
+
+    Some layouts add "Simple" to the head of question answering that is the only one in others.
+    """
+    return next((task for task in TASKS if get_class_name(config).removesuffix("Simple").endswith(task)), None)
 
 
 def get_labels(config: Mapping[str, Any], num_labels: int) -> list[str]:
@@ -89,7 +94,7 @@ def load_task_model(
     if task == SEQUENCE_CLASSIFICATION:
         out = pooling.out
         keys |= {"head.pooling.dense": [pooling.dense], "head.out": [out]}
-        pooling_factory = partial(CLSPooling, activation=pooling.activation)
+        pooling_factory = partial(pooling.factory, activation=pooling.activation)
         head: Callable[[int, int], nn.Module] = partial(SequenceClassificationHead, pooling=pooling_factory)
     elif task == QUESTION_ANSWERING:
         out, head = answer_head.keys["out"], answer_head.factory
@@ -99,9 +104,7 @@ def load_task_model(
         keys["head.out"] = [out]
     if not pooling.dense.startswith("pooler") or task != SEQUENCE_CLASSIFICATION:
         extra_patterns.append(POOLER_PATTERN)
-    task_mapping = replace(
-        mapping, hf_keys=keys, extra_patterns=extra_patterns, head_prefixes=("classifier.", "pre_classifier.", "qa_")
-    )
+    task_mapping = replace(mapping, hf_keys=keys, extra_patterns=extra_patterns, head_prefixes=HEAD_PREFIXES)
     if (weight := hf_checkpoint.tensors.get(f"{out}.weight")) is None:
         message = f"'{hf_checkpoint.path}' lacks {out}.weight, the head that its architectures name."
         raise CheckpointError(message, "Use the config.json that belongs to these weights.")

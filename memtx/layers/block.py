@@ -51,6 +51,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, state: tuple[Any, ...], segment: Segment) -> tuple[Tensor, tuple[Any, ...], Losses]:
         """Return the layer's output ``(batch, length, dim)``, and its memories' next states and losses."""
+        if isinstance(self.attention, MemoryAttention) and self.attention.memory.changes_layer_input:
+            x = self.attention.memory.on_layer_input(state[0], x)
         attended, state, losses = self.attention(self.attention_norm(x), state, segment)
         x = x + self.dropout(self.attention_post_norm(attended))
         chunks = split_without_grad(x)

@@ -1,11 +1,14 @@
-"""XLNet's two-stream attention: a content stream, and a query stream that predicts each token without seeing it.
+"""XLNet's two-stream attention: a content stream, and a query stream that predicts tokens without seeing them.
 
-Yang et al. 2019, section 2.3. A text is read in some order. The content stream of a token sees all tokens up to it in
-that order, itself included; the query stream sees those before it, and knows its position but not its content. Both
-share all weights. Distances are scored as in Transformer-XL (Dai et al. 2019, section 3.3), in both directions.
+Yang et al. 2019, section 2.3. Both streams share all weights and attend to the content, memory included. Distances are
+scored as in Transformer-XL (Dai et al. 2019, section 3.3), in both directions, and pairs of tokens by whether they are
+of the same segment of text (section 2.5).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +19,63 @@ from memtx.memory.parts import merge_heads, split_heads
 from memtx.ops.cpu.linear import Linear
 
 
-def bidirectional_relative_shift(scores: Tensor) -> Tensor:
-    """Convert scores by distance ``(..., n, 2n - 1)``, whose column p is distance n - 1 - p, to scores by key."""
-    n = scores.shape[-2]
-    # Row i starts at column n - 1 - i: in the flattened scores, rows start one less than a row's length apart.
-    flat = scores.flatten(-2)[..., n - 1 : n - 1 + n * (2 * n - 2)]
-    return flat.reshape(*scores.shape[:-1], 2 * n - 2)[..., :n] if n > 1 else scores
+@dataclass(frozen=True)
+class StreamInputs:
+    """Inputs that all layers of a stream share, for q queries and k keys: memory, then the n tokens of the call.
+
+    Attributes:
+        sinusoids: Embeddings of the distances k, ..., 1 - n, ``(1 or batch, k + n, dim)``.
+        hidden: True where a query does not see a key, ``(1 or batch, q, k)`` bool; None for full attention. As in the
+            original code, a query that sees no key takes the mean of all.
+        absent: True for a key that does not exist for a query, which no mean includes, ``(batch, 1 or q, k)`` bool.
+        is_other_segment: True where query and key are of two segments of text, ``(batch, q, k)`` bool; None if
+            segments are not scored.
+        positions: Position in the call of each query, ``(batch, q)`` int64; None for all, in order.
+    """
+
+    sinusoids: Tensor
+    hidden: Tensor | None = None
+    absent: Tensor | None = None
+    is_other_segment: Tensor | None = None
+    positions: Tensor | None = None
+
+    def at(self, positions: Tensor, hidden: Tensor | None) -> StreamInputs:
+        """Return the inputs of a stream with queries at ``positions`` alone; ``hidden`` replaces that of all."""
+
+        def select(mask: Tensor | None) -> Tensor | None:
+            if mask is None or mask.shape[1] == 1:
+                return mask
+            mask = mask.expand(len(positions), -1, -1)
+            return mask.gather(1, positions[..., None].expand(-1, -1, mask.shape[2]))
+
+        is_other = select(self.is_other_segment)
+        return StreamInputs(self.sinusoids, select(hidden), select(self.absent), is_other, positions)
+
+
+def relative_sinusoids(num_keys: int, length: int, like: Tensor, clamp_length: int = -1) -> Tensor:
+    """Return the embeddings of the distances num_keys, ..., 1 - length, ``(num_keys + length, dim)``.
+
+    Distances beyond ``clamp_length`` are clamped to it, in both directions; 0 or less disables the limit.
+    """
+    distance = torch.arange(num_keys, -length, -1, device=like.device)
+    if clamp_length > 0:
+        distance = distance.clamp(-clamp_length, clamp_length)
+    return sinusoidal_embedding(distance, like.shape[-1], like)
+
+
+def bidirectional_relative_shift(scores: Tensor, num_keys: int, positions: Tensor | None = None) -> Tensor:
+    """Convert scores by distance ``(batch, heads, q, k + n)`` to scores by key, ``(batch, heads, q, k)``.
+
+    Column p is the distance k - p. The queries are at ``positions`` of the last n keys, ``(batch, q)``; None for q = n
+    queries in order.
+    """
+    n = scores.shape[-1] - num_keys
+    if positions is not None:
+        columns = n - positions[..., None] + torch.arange(num_keys, device=scores.device)
+        return scores.gather(-1, columns[:, None].expand(-1, scores.shape[1], -1, -1))
+    # Row i starts at column n - i: in the flattened scores, rows start one less than a row's length apart.
+    flat = scores.flatten(-2)[..., n:]
+    return flat.reshape(*scores.shape[:-1], scores.shape[-1] - 1)[..., :num_keys]
 
 
 class TwoStreamAttention(nn.Module):
@@ -42,29 +96,33 @@ class TwoStreamAttention(nn.Module):
         self.out = Linear(dim, dim, bias=False)
         self.content_bias = nn.Parameter(torch.zeros(heads, self.head_dim))
         self.position_bias = nn.Parameter(torch.zeros(heads, self.head_dim))
+        self.segment_bias = nn.Parameter(torch.zeros(heads, self.head_dim))
+        self.segment_embedding = nn.Parameter(torch.zeros(2, heads, self.head_dim))  # same segment, another one
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, queries: Tensor, content: Tensor, sinusoids: Tensor, mask: Tensor) -> Tensor:
-        """Attend from one stream to the content.
-
-        Args:
-            queries: Either stream, ``(batch, n, dim)``.
-            content: Content stream, ``(batch, n, dim)``.
-            sinusoids: Embeddings of the distances n - 1, ..., 0, ..., 1 - n, (2n - 1, dim).
-            mask: True where a query (second dimension) sees a key (third), ``(batch or 1, n, n)`` bool.
-
-        Returns:
-            ``(batch, n, dim)``; zero before the output projection where a query sees nothing.
-        """
-        q = split_heads(self.query(queries), self.heads)  # (batch, heads, n, head_dim)
+    def project(self, content: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values ``(batch, heads, k, head_dim)`` of memory and content ``(batch, k, dim)``."""
         k, v = (split_heads(part, self.heads) for part in self.key_value(content).chunk(2, dim=-1))
-        r = split_heads(self.distance(sinusoids), self.heads)  # (heads, 2n - 1, head_dim)
-        content_scores = (q + self.content_bias[:, None]) @ k.transpose(-1, -2)
-        distance_scores = bidirectional_relative_shift((q + self.position_bias[:, None]) @ r.transpose(-1, -2))
-        scores = (content_scores + distance_scores) * self.head_dim**-0.5
-        weights = torch.softmax(scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min), dim=-1)
-        # A query without visible keys would see all of them equally.
-        weights = self.dropout(weights.masked_fill(~mask[:, None], 0.0))
+        return k, v
+
+    def forward(self, queries: Tensor, keys_values: tuple[Tensor, Tensor], inputs: StreamInputs) -> Tensor:
+        """Attend from one stream, ``(batch, q, dim)``, to the content; returns the same shape."""
+        q = split_heads(self.query(queries), self.heads)  # (batch, heads, q, head_dim)
+        k, v = keys_values
+        r = split_heads(self.distance(inputs.sinusoids), self.heads)  # (1 or batch, heads, k + n, head_dim)
+        scores = (q + self.content_bias[:, None]) @ k.transpose(-1, -2)
+        by_distance = (q + self.position_bias[:, None]) @ r.transpose(-1, -2)
+        scores = scores + bidirectional_relative_shift(by_distance, k.shape[2], inputs.positions)
+        if inputs.is_other_segment is not None:
+            by_segment = (q + self.segment_bias[:, None]) @ self.segment_embedding.permute(1, 2, 0)
+            same, other = by_segment.unbind(-1)
+            scores = scores + torch.where(inputs.is_other_segment[:, None], other[..., None], same[..., None])
+        scores = (scores * self.head_dim**-0.5).to(torch.promote_types(scores.dtype, torch.float32))
+        if inputs.hidden is not None:
+            scores = scores.masked_fill(inputs.hidden[:, None], torch.finfo(scores.dtype).min)
+        if inputs.absent is not None:
+            scores = scores.masked_fill(inputs.absent[:, None], float("-inf"))
+        weights = self.dropout(torch.softmax(scores, dim=-1)).to(v.dtype)
         return self.out(merge_heads(weights @ v))
 
 
@@ -77,24 +135,22 @@ class TwoStreamBlock(nn.Module):
         hidden_dim: Inner width of the feed-forward part. None gives 4 * dim.
         eps: Epsilon of the norms.
         dropout: Dropout rate of the residual branches.
+        activation: Factory of the feed-forward activation.
     """
 
-    def __init__(self, dim: int, heads: int, hidden_dim: int | None, eps: float, dropout: float) -> None:
+    def __init__(
+        self, dim: int, heads: int, hidden_dim: int | None, eps: float, dropout: float,
+        activation: Callable[[], nn.Module] = nn.GELU,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.attention = TwoStreamAttention(dim, heads, dropout)
         self.attention_norm = nn.LayerNorm(dim, eps=eps)
-        self.feed_forward = FeedForward(dim, hidden_dim, dropout)
+        self.feed_forward = FeedForward(dim, hidden_dim, dropout, activation=activation)
         self.feed_forward_norm = nn.LayerNorm(dim, eps=eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, queries: Tensor, content: Tensor, sinusoids: Tensor, mask: Tensor) -> Tensor:
-        """Return the next layer's input of the querying stream, ``(batch, n, dim)``; arguments as in the attention."""
-        x = self.attention_norm(queries + self.dropout(self.attention(queries, content, sinusoids, mask)))
+    def forward(self, queries: Tensor, keys_values: tuple[Tensor, Tensor], inputs: StreamInputs) -> Tensor:
+        """Return the next layer's input of the querying stream, ``(batch, q, dim)``; arguments as in the attention."""
+        x = self.attention_norm(queries + self.dropout(self.attention(queries, keys_values, inputs)))
         out: Tensor = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
         return out
-
-
-def bidirectional_sinusoids(length: int, like: Tensor) -> Tensor:
-    """Return the embeddings of the distances length - 1, ..., 1 - length, ``(2 * length - 1, dim)``."""
-    distance = torch.arange(length - 1, -length, -1, device=like.device)
-    return sinusoidal_embedding(distance, like.shape[-1], like)

@@ -2,8 +2,8 @@
 
 The delta rule removes the old value of a key as its new value is written (Schlag et al. 2021, section 4.2); with decay
 it is the gated delta rule (Yang et al. 2024). Tokens are computed in chunks, so results do not depend on segmentation.
-With ``DPFPFeatureMap`` and ``decay_gate=None`` it is ARMT's (Rodkin et al. 2024, section 3), which writes memory tokens
-alone; this memory writes every token. :class:`memtx.memory.infini.InfiniMemory` is Infini-attention.
+With ``DPFPFeatureMap`` and ``decay_gate=None`` it is close to ARMT (Rodkin et al. 2024, section 3), which writes memory
+tokens alone: :class:`memtx.memory.rmt.ARMTMemory`. :class:`memtx.memory.infini.InfiniMemory` is Infini-attention.
 """
 
 from __future__ import annotations

@@ -145,6 +145,7 @@ class Memory(nn.Module, ABC, Generic[S]):
         depends_on_segmentation: If True, results depend on how a stream is cut into segments, as in some published
             schedules.
         interval: Tokens of a document between two writes. None means every token is written.
+        changes_layer_input: If True, the memory implements :meth:`on_layer_input`.
         is_hidden: If True, nothing beyond the exact window is read from this memory, which is carried as before (see
             :func:`memtx.models.sources.without_source`).
     """
@@ -156,6 +157,7 @@ class Memory(nn.Module, ABC, Generic[S]):
     needs_gate: ClassVar[bool] = True
     supports_padding: ClassVar[bool] = False
     unbounded: ClassVar[bool] = True
+    changes_layer_input: ClassVar[bool] = False
     depends_on_segmentation: bool = False
     interval: int | None = None
     is_hidden: bool = False
@@ -192,6 +194,10 @@ class Memory(nn.Module, ABC, Generic[S]):
         if view.next_state is None:
             raise MemtxError(f"{type(self).__name__} gives no next state.", "Define write, or set View.next_state.")
         return view.next_state, view.losses
+
+    def on_layer_input(self, state: S, x: Tensor) -> Tensor:
+        """Return the layer's input x, ``(batch, length, dim)``, before its norm, with what the memory adds to it."""
+        return x
 
     def on_layer_output(self, state: S, outputs: Tensor, segment: Segment) -> S:
         """Update the state that ``write`` returned from the output of the whole layer, if the memory needs it.

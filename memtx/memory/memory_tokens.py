@@ -3,7 +3,8 @@
 After every interval the model's own write tokens pass through all layers; the top layer's outputs enter the bottom
 layer as the memory tokens that the next interval reads (:mod:`memtx.models.segmented_forward`). In the paper an
 interval is a segment; here it is a number of tokens of the document, so results do not depend on segmentation. Write
-tokens are learned and see the memory tokens like any other token; the paper repeats the memory tokens instead.
+tokens are learned and see the memory tokens like any other token; the paper repeats the memory tokens instead. As
+published, without a window that slides over the ends of segments: :class:`memtx.memory.rmt.RMTMemory`.
 """
 
 from __future__ import annotations

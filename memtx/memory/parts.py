@@ -108,13 +108,14 @@ class EluFeatureMap(FeatureMap):
 
 
 class DPFPFeatureMap(FeatureMap):
-    """Products of neighboring rectified channels (Schlag et al. 2021, section 5.3; ARMT), normalized to unit length.
+    """Products of neighboring rectified channels (Schlag et al. 2021, section 5.3; ARMT).
 
     The features are sparse and ``2 * order`` times as wide as a key, so more keys fit without interfering.
 
     Args:
         key_dim: Key width per head.
         order: Neighbors that each channel is multiplied with.
+        normalize: If True, normalize to unit length.
 
     Raises:
         MemtxError: order is not between 1 and 2 * key_dim - 1.
@@ -122,8 +123,9 @@ class DPFPFeatureMap(FeatureMap):
 
     is_nonnegative = True
 
-    def __init__(self, key_dim: int, order: int = 3) -> None:
+    def __init__(self, key_dim: int, order: int = 3, normalize: bool = True) -> None:
         super().__init__(key_dim)
+        self.normalize = normalize
         if not 1 <= order < 2 * key_dim:
             raise MemtxError(f"order is {order} for keys of width {key_dim}.", f"Give 1 to {2 * key_dim - 1}.")
         self.order = order
@@ -137,7 +139,8 @@ class DPFPFeatureMap(FeatureMap):
         """Map to products of channels."""
         rectified = F.relu(torch.cat([x, -x], dim=-1))
         products = [rectified * rectified.roll(shift, dims=-1) for shift in range(1, self.order + 1)]
-        return F.normalize(torch.cat(products, dim=-1), dim=-1)
+        features = torch.cat(products, dim=-1)
+        return F.normalize(features, dim=-1) if self.normalize else features
 
 
 class TokenShift(nn.Module):

@@ -45,6 +45,16 @@ class CLSPooling(Pooling):
         return cast(Tensor, self.activation(self.dense(x[:, 0])))
 
 
+class LastPooling(CLSPooling):
+    """The last token that is no padding, linear, activation (XLNet, Yang et al. 2019); arguments as in the base."""
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return ``(batch, dim)``."""
+        positions = torch.arange(x.shape[1], device=x.device)
+        last = ((attention_mask > 0) * positions).amax(1)
+        return super().forward(x[torch.arange(len(x), device=x.device), last, None], attention_mask)
+
+
 class MeanPooling(Pooling):
     """The mean over tokens, which a model trained from scratch on few texts learns fastest."""
 
@@ -235,6 +245,9 @@ class TaskModel(PretrainedModel):
         if isinstance(module, Encoder):
             # No task uses them, so they would have no gradient.
             module.head = module.pooler = None
+        if isinstance(module, XLNet):
+            module.head = None
+            module.mask_embedding.requires_grad_(False)
         self.backbone = module
         self.vocab_size, self.num_labels = vocab_size, num_labels
         self.head = head(module.dim, num_labels)
@@ -274,7 +287,7 @@ class TaskModel(PretrainedModel):
         if isinstance(self.backbone, MemoryTransformerBackbone):
             x = self.backbone.encode(tokens, attention_mask)
         elif isinstance(self.backbone, XLNet):
-            x = self.backbone(tokens, attention_mask).last_hidden_state
+            x = self.backbone(tokens, attention_mask, token_type_ids).last_hidden_state
         else:
             masks = (attention_mask, token_type_ids, global_attention_mask)
             out = run_encoder(self.backbone, tokens, *masks, return_hidden_states=return_hidden_states)

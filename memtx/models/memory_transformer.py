@@ -37,13 +37,8 @@ from memtx.models.layer_factories import (
     per_layer,
 )
 from memtx.models.recurrent_lm import MemoryOutput
-from memtx.models.segmented_forward import (
-    LayerStates,
-    MemoryTokens,
-    find_chunk_ends,
-    forward_in_chunks,
-    forward_with_memory_tokens,
-)
+from memtx.models.rmt import SegmentTokens
+from memtx.models.segmented_forward import LayerStates, MemoryTokens, TokenParts, find_chunk_ends, forward_in_chunks
 from memtx.models.validation import check_inputs, check_segment, check_valid_length
 from memtx.ops.attention.dispatch import AttentionBackend
 from memtx.ops.cross_entropy import IGNORE_INDEX
@@ -103,7 +98,7 @@ class MemoryTransformer(PretrainedModel):
     embedding_scale: Tensor
     scales_embedding = False
     head: LMHead
-    memory_tokens: MemoryTokens | None
+    memory_tokens: MemoryTokens | SegmentTokens | None
     write_tokens: nn.Parameter
 
     def __init__(
@@ -208,8 +203,8 @@ class MemoryTransformer(PretrainedModel):
         }
 
     def init_memory_tokens(self) -> None:
-        """Set ``memory_tokens`` to those of the layers, and create the write tokens they need, uninitialized."""
-        self.memory_tokens = MemoryTokens.from_blocks(self._layers())
+        """Set ``memory_tokens`` to those of the layers, and create the learned tokens they need, uninitialized."""
+        self.memory_tokens = SegmentTokens.from_blocks(self._layers()) or MemoryTokens.from_blocks(self._layers())
         if self.memory_tokens is not None:
             self.write_tokens = nn.Parameter(torch.empty(self.memory_tokens.num_tokens, self.dim))
 
@@ -289,17 +284,18 @@ class MemoryTransformer(PretrainedModel):
         state = state if state is not None else self.init_state(batch_size)
         segment = Segment.from_document_starts(state.position, length, document_starts, valid_length)
         x = self.embedding(tokens) if inputs_embeds is None else inputs_embeds.to(self._weight.dtype)
-        x = self.dropout(self._add_positions(x, segment.position))
-        run_layers = partial(self._run_layers, keep_hidden_states=return_hidden_states)
-        chunk_ends = find_chunk_ends(segment, self._layers())
-        layer_states, output_states = list(state.layers[: self.depth]), state.layers[self.depth :]
-        call = (chunk_ends, x, replace(state, layers=tuple(layer_states)), document_starts)
+        position = segment.position
         if self.memory_tokens is not None:
-            hidden, layers, losses = forward_with_memory_tokens(
-                run_layers, self._layers(), self.memory_tokens, self.write_tokens, *call
-            )
-        elif chunk_ends:
-            hidden, layers, losses = forward_in_chunks(run_layers, *call)
+            position = self.memory_tokens.input_position(position)
+        x = self.dropout(self._add_positions(x, position))
+        run_layers = partial(self._run_layers, keep_hidden_states=return_hidden_states)
+        layer_states, output_states = list(state.layers[: self.depth]), state.layers[self.depth :]
+        call = (x, replace(state, layers=tuple(layer_states)), document_starts)
+        if self.memory_tokens is not None:
+            parts = TokenParts(run_layers, self._layers(), self.write_tokens, self.norm, self.absolute_positions)
+            hidden, layers, losses = self.memory_tokens.forward(parts, segment, *call)
+        elif chunk_ends := find_chunk_ends(segment, self._layers()):
+            hidden, layers, losses = forward_in_chunks(run_layers, chunk_ends, *call)
         else:
             inputs = [x]
             del state, call, x  # The embeddings and fresh states are freed as layers read them.

@@ -36,6 +36,25 @@ MIN_CHUNK_LENGTH = 1024
 
 
 @dataclass(frozen=True)
+class TokenParts:
+    """Parts of a model that memory tokens go through.
+
+    Attributes:
+        run_layers: Function that reads one chunk.
+        blocks: The layers.
+        tokens: Learned tokens, ``(num_tokens, dim)``.
+        norm: Norm of the last layer's outputs.
+        absolute_positions: Position embeddings, if the model has them.
+    """
+
+    run_layers: RunLayers
+    blocks: Sequence[Block]
+    tokens: Tensor
+    norm: Callable[[Tensor], Tensor]
+    absolute_positions: Callable[[Tensor], Tensor] | None
+
+
+@dataclass(frozen=True)
 class MemoryTokens:
     """Memory tokens of a model.
 
@@ -63,6 +82,26 @@ class MemoryTokens:
             message = "Memory tokens go through all layers, but not all have one TokenMemory with equal settings."
             raise MemtxError(message, "Give one list of memories for all layers.")
         return cls(tuple(layer[0][0] for layer in per_layer), *settings.pop())
+
+    def input_position(self, position: Tensor) -> Tensor:
+        """Return the positions that tokens at these positions in the document are embedded at."""
+        return position
+
+    def forward(
+        self, parts: TokenParts, segment: Segment, x: Tensor, state: MemoryState, document_starts: Tensor | None
+    ) -> tuple[list[Tensor], LayerStates, Losses]:
+        """Read a call in chunks that end at interval ends, and write the memory tokens there.
+
+        The outputs of the learned tokens become the memory tokens. Other arguments and results as in
+        :func:`forward_in_chunks`.
+        """
+        # Also called where no interval ends, which changes nothing, so that the shapes stay the same.
+        after_chunk = partial(_update_memory_tokens, parts.blocks, self, parts.tokens)
+        call = (find_chunk_ends(segment, parts.blocks), x, state, document_starts)
+        hidden, layers, losses = forward_in_chunks(parts.run_layers, *call, after_chunk)
+        # If no later call reads the written tokens, they have no gradient; DDP needs one, which is then zero.
+        hidden[-1] = hidden[-1] + 0.0 * parts.tokens.sum()
+        return hidden, layers, losses
 
 
 def find_chunk_ends(segment: Segment, blocks: Sequence[Block]) -> list[int]:
@@ -119,29 +158,6 @@ def forward_in_chunks(
             losses[name] = losses[name] + weighted if name in losses else weighted
         start = end
     return [torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)], layers, losses
-
-
-def forward_with_memory_tokens(
-    run_layers: RunLayers,
-    blocks: Sequence[Block],
-    memory_tokens: MemoryTokens,
-    write_tokens: Tensor,
-    chunk_ends: Sequence[int],
-    x: Tensor,
-    state: MemoryState,
-    document_starts: Tensor | None,
-) -> tuple[list[Tensor], LayerStates, Losses]:
-    """Read a call in chunks that end at interval ends, and write the memory tokens there.
-
-    The outputs of ``write_tokens``, learned inputs ``(num_tokens, dim)``, become the memory tokens; ``chunk_ends``
-    contains all interval ends. Other arguments and results as in :func:`forward_in_chunks`.
-    """
-    # Also called where no interval ends, which changes nothing, so that the shapes stay the same.
-    after_chunk = partial(_update_memory_tokens, blocks, memory_tokens, write_tokens)
-    hidden, layers, losses = forward_in_chunks(run_layers, chunk_ends, x, state, document_starts, after_chunk)
-    # If no later call reads the written tokens, they have no gradient; DDP needs one, which is then zero.
-    hidden[-1] = hidden[-1] + 0.0 * write_tokens.sum()
-    return hidden, layers, losses
 
 
 def _update_memory_tokens(

@@ -1,7 +1,4 @@
-"""Pretraining objectives as functions of tokens: masked and permuted language modeling.
-
-The causal objective needs no function, because batches of text have the next tokens as labels.
-"""
+"""Masked language modeling as a function of tokens; the causal objective needs none, since batches have labels."""
 
 from __future__ import annotations
 
@@ -141,41 +138,3 @@ def mask_geometric_spans(
             if budget == 0:
                 break
     return MaskedTokens(masked, labels)
-
-
-class PermutedTokens(NamedTuple):
-    """A factorization order: rank of each position and labels of the last, ``IGNORE_INDEX`` elsewhere.
-
-    Both are ``(batch, length)``.
-    """
-
-    rank: Tensor
-    labels: Tensor
-
-
-def sample_permutation(
-    tokens: Tensor,
-    *,
-    predict_fraction: float = 1 / 6,
-    special_token_ids: Iterable[int] = (),
-    generator: torch.Generator | None = None,
-) -> PermutedTokens:
-    """Sample a factorization order and select its last positions (XLNet, Yang et al. 2019, sections 2.2 and 2.3).
-
-    Args:
-        tokens: ``(batch, length)`` int64.
-        predict_fraction: Fraction of the positions to predict, 1 / K in the paper.
-        special_token_ids: Ids that are never predicted.
-        generator: Random number generator on the tokens' device. Defaults to torch's own.
-
-    Raises:
-        MemtxError: ``predict_fraction`` is not between 0 and 1.
-    """
-    if not 0.0 < predict_fraction < 1.0:
-        raise MemtxError(f"predict_fraction is {predict_fraction}.", "Choose a fraction between 0 and 1, such as 0.17.")
-    order = torch.rand(tokens.shape, generator=generator, device=tokens.device).argsort(1)
-    rank = order.argsort(1)
-    predicted = rank >= tokens.shape[1] - max(1, round(predict_fraction * tokens.shape[1]))
-    for token_id in special_token_ids:
-        predicted &= tokens != token_id
-    return PermutedTokens(rank, torch.where(predicted, tokens, IGNORE_INDEX))

@@ -1,4 +1,4 @@
-"""Masked, permuted and causal pretraining on text, for models without a state between batches."""
+"""Masked and causal pretraining on text, for models without a state between batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from memtx.data.hf_tokenizers import HFTokenizer
 from memtx.errors import MemtxError, check_at_least
 from memtx.models.encoder import Encoder
 from memtx.models.reformer import Reformer
-from memtx.models.xlnet import XLNet
 from memtx.training import objectives
 from memtx.training.base_module import BaseModule
 from memtx.training.distillation.model_outputs import forward_masked_lm
@@ -47,7 +46,9 @@ class TokenPredictionModule(BaseModule):
         self.metrics = nn.ModuleDict({name: MeanMetric() for name in names})
 
     @abstractmethod
-    def predict_tokens(self, batch: Batch, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def predict_tokens(
+        self, stage: str, batch: Batch, batch_idx: int, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
         """Return logits ``(n, vocab)`` and labels ``(n,)`` of the selected tokens; the generator samples them."""
 
     def bos_token_id(self) -> int:
@@ -57,12 +58,13 @@ class TokenPredictionModule(BaseModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of the selected tokens; 0 if there are none."""
-        return self._log_training_step(mean_cross_entropy(*self.predict_tokens(batch, None)), batch.tokens)
+        loss = mean_cross_entropy(*self.predict_tokens("train", batch, batch_idx, None))
+        return self._log_training_step(loss, batch.tokens)
 
     def evaluate_batch(self, stage: str, batch: Batch, batch_idx: int) -> None:
         """Update and log loss and accuracy of a stage."""
         generator = torch.Generator(batch.tokens.device).manual_seed(EVAL_SEED + batch_idx)
-        logits, labels = self.predict_tokens(batch, generator)
+        logits, labels = self.predict_tokens(stage, batch, batch_idx, generator)
         num_correct = (logits.argmax(-1) == labels).sum()
         values = {"loss": mean_cross_entropy(logits, labels), "accuracy": num_correct / max(1, len(labels))}
         for name, value in values.items():
@@ -168,7 +170,9 @@ class MaskedModule(TokenPredictionModule):
         outputs = replace(outputs, loss=mean_cross_entropy(logits, masked.labels[scored]))
         return self._log_training_step(self._distillation_loss(outputs, teacher_outputs), batch.tokens)
 
-    def predict_tokens(self, batch: Batch, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def predict_tokens(
+        self, stage: str, batch: Batch, batch_idx: int, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
         """Mask some tokens and predict them."""
         masked = self._mask_batch(batch, generator)
         scored = masked.labels != IGNORE_INDEX
@@ -210,41 +214,6 @@ class MaskedModule(TokenPredictionModule):
             tokens.new_full((len(tokens), 1), id_) for id_ in (tokenizer.cls_token_id, tokenizer.sep_token_id)
         )
         return torch.cat([first, tokens.where(tokens != tokenizer.cls_token_id, last), last], dim=1)
-
-
-class PermutedModule(TokenPredictionModule):
-    """Permuted language modeling (XLNet, Yang et al. 2019).
-
-    Args:
-        model: Creates the model from the vocabulary size.
-        vocab_size: Vocabulary size; set from the data module.
-        predict_fraction: Fraction of the positions to predict. Defaults to 1/6.
-        **options: ``optimizer`` and ``scheduler`` of :class:`BaseModule`.
-    """
-
-    model: XLNet
-
-    def __init__(
-        self,
-        model: Callable[[int], XLNet] = XLNet,
-        vocab_size: int = 257,
-        predict_fraction: float = 1 / 6,
-        **options: Any,
-    ) -> None:
-        super().__init__(distillation=None, **options)
-        self.model = model(vocab_size)
-        self.predict_fraction = predict_fraction
-
-    def predict_tokens(self, batch: Batch, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Sample an order and predict its last tokens."""
-        special_token_ids, fraction = (self.bos_token_id(),), self.predict_fraction
-        masked = objectives.sample_permutation(
-            batch.tokens, predict_fraction=fraction, special_token_ids=special_token_ids, generator=generator
-        )
-        scored = masked.labels != IGNORE_INDEX
-        logits = self.model(batch.tokens, permutation_rank=masked.rank, logits_mask=scored).logits
-        assert logits is not None
-        return logits, masked.labels[scored]
 
 
 class CausalModule(BaseModule):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from memtx.checkpoint.pretrained import PretrainedModel
 from memtx.errors import check_at_least
+from memtx.models.recurrent_lm import RecurrentModel
 from memtx.state import MemoryState
 from memtx.training.base_module import BaseModule
 from memtx.training.carry import Carry, StateReset, restore_rank_state
@@ -62,18 +63,22 @@ class RecurrentModule(BaseModule):
         self.carry = Carry()
         self._resets_every_step = False
 
+    @property
+    def _stateful(self) -> RecurrentModel:
+        """Model that the carried state belongs to."""
+        model: RecurrentModel = self.model
+        return model
+
     def _initial_state(self, stage: str, batch: Any, batch_idx: int) -> MemoryState:
         """Return the state that a batch, with ``document_starts``, is read from."""
         batch_size = batch.document_starts.shape[0]
-        state: MemoryState
         if not self.carries_state or (stage == "train" and self._resets_every_step):
-            state = self.model.init_state(batch_size)
-            return state
+            return self._stateful.init_state(batch_size)
         overfits = stage == "train" and getattr(self.trainer, "overfit_batches", 0) > 0
         if batch_idx == 0 and (stage != "train" or overfits):
             # The trainer repeats the same batches in every epoch: they are to be read from the same state.
             self.carry.reset(stage)
-        state = self.carry.get_state(stage, self.model, batch_size)
+        state = self.carry.get_state(stage, self._stateful, batch_size)
         if stage != "train" or overfits:
             return state
         rank, world_size = self.trainer.global_rank, self.trainer.world_size

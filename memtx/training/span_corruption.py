@@ -170,7 +170,9 @@ class SpanCorruptionModule(TokenPredictionModule):
             rank_zero_info(f"{first} to {self.sentinel_ids[-1]}.")
         self.noise_density, self.mean_span_length = noise_density, mean_span_length
 
-    def predict_tokens(self, batch: Batch, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    def predict_tokens(
+        self, stage: str, batch: Batch, batch_idx: int, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
         """Remove spans of each text and predict them."""
         length = batch.tokens.shape[1]
         spans = [sample_noise_spans(length, self.noise_density, self.mean_span_length, generator) for _ in batch.tokens]

@@ -28,7 +28,7 @@ BOOKS = {"quickstart", "pg19", "pg19-mini", "enwik8", "enwik8-copy", "long-to-me
 BOOKS |= {"longformer-lm-enwik8", "longformer-lm-text8"}
 TRANSFORMER_XL = {"wt103", "wt103-large", "enwik8", "enwik8-24", "text8"}
 PRETRAINING = {"longformer-mlm", "bigbird-mlm", "reformer-clm", "distilbert"}
-PRETRAINING |= {"tinybert-general", "tinybert-general-long"}
+PRETRAINING |= {"tinybert-general", "tinybert-general-long", "xlnet"}
 SYNTHETIC = {"recall"}
 SERIES = {"series"}
 TASKS = {"movie-reviews": "classification", "conll2000": "tagging", "rte": "matching", "squad2": "questions"}
@@ -229,6 +229,12 @@ def test_the_quickstart_trains(program: Program, tmp_path: Path) -> None:
 
 
 SMALL_OPTIONS = {
+    "xlnet": [
+        "--data.batch_size=2", "--data.segment_length=16", "--data.tokenizer.init_args.vocab_size=300",
+        "--model.num_targets=5", "--model.model.init_args.dim=16", "--model.model.init_args.depth=2",
+        "--model.model.init_args.heads=2", "--model.model.init_args.memory_length=20",
+        "--model.model.init_args.reuse_length=16", "--trainer.precision=32-true", "--trainer.devices=1",
+    ],
     "transformer-xl-wt103": [
         "--data.batch_size=2", "--data.segment_length=16", "--data.tokenizer.init_args.vocab_size=300",
         "--model.model.init_args.dim=20", "--model.model.init_args.depth=2", "--model.model.init_args.heads=2",

@@ -79,3 +79,19 @@ def test_missing_tasks_and_short_episodes_are_named(folder: Path) -> None:
         module_of(folder, tasks=(2,)).sample_batch(1, 3, (0, 0))
     with pytest.raises(DataError, match="No story fits into 1 segments of 20 tokens"):
         module_of(folder, segment_length=20).sample_batch(1, 1, (0, 0))
+
+
+def test_text_may_follow_the_answer(folder: Path) -> None:
+    module = module_of(folder, max_trailing=40)
+    module.setup("fit")
+    ends = set()
+    for batch in module.train_dataloader():
+        for tokens, labels in zip(batch.tokens, batch.labels, strict=True):
+            scored = (labels != IGNORE_INDEX).nonzero().flatten()
+            ends.add(300 - int(scored[-1]) - 2)
+            assert torch.equal(labels[scored], tokens[scored + 1])
+            assert bytes(labels[scored].tolist()).decode() in (" garden.", " office.")
+    assert len(ends) > 3, "the place of the answer varies"
+    assert 0 <= min(ends) <= max(ends) <= 40
+    with pytest.raises(DataError, match="max_trailing is -1"):
+        module_of(folder, max_trailing=-1)

@@ -23,7 +23,8 @@ from tests.memory_zoo import KINDS
 from tests.third_party_memory import RunningMean
 
 FAST = [("compressed-convolution", "associative-gated", "copy"), ("gated-delta-net", "slots", "sinks-with-positions")]
-REST = [kind for kind in KINDS if kind not in {*FAST[0], *FAST[1], "tokens", "ernie-doc"}]
+CUTTING = ("tokens", "rmt", "armt", "ernie-doc")
+REST = [kind for kind in KINDS if kind not in {*FAST[0], *FAST[1], *CUTTING}]
 SLOW = [tuple(REST[start : start + 4]) for start in range(0, len(REST), 4)]
 
 
@@ -59,7 +60,7 @@ def test_experts_are_exported() -> None:
     assert max_difference(export_step(model, 7, 2).module(), model, 7) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["tokens", "ernie-doc"])
+@pytest.mark.parametrize("kind", CUTTING)
 def test_memories_that_cut_segments_are_exported_for_single_tokens(kind: str) -> None:
     model = model_of(kind)
     name = type(model.blocks[0].attention.memories[-1]).__name__

@@ -17,6 +17,7 @@ from memtx.models.encoder import Encoder
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.reformer import Reformer
 from memtx.models.transformer_xl import TransformerXL
+from memtx.models.xlnet import XLNet
 from memtx.ops.attention.sparse import sample_random_blocks
 
 TOLERANCE = 1e-4  # float32, sums in another order
@@ -132,6 +133,20 @@ def test_transformer_xl_matches_in_every_segment(parity: Path) -> None:
             for layer, (actual,) in enumerate(state.layers):
                 difference = actual.hidden.transpose(0, 1) - io[f"mems.{segment}.{layer}"]
                 assert difference.abs().max() < TOLERANCE, f"{folder.name}: memory {layer} after segment {segment}"
+
+
+def test_xlnet_matches_without_and_with_its_memory(parity: Path) -> None:
+    for folder in folders(parity, "xlnet"):
+        io = load_file(folder / "io.safetensors")
+        model = memtx.from_pretrained(folder)
+        assert isinstance(model, XLNet)
+        length = io["logits_first"].shape[1]
+        with torch.no_grad():
+            first = model(io["input_ids"][:, :length])
+            masks = {name: io[name] for name in ("perm_mask", "target_mapping")}
+            second = model(io["input_ids"][:, length:], state=first.state, **masks)
+        assert (first.logits - io["logits_first"]).abs().max() < TOLERANCE
+        assert (second.logits - io["logits_second"]).abs().max() < TOLERANCE
 
 
 def test_random_blocks_match_recorded_ones_and_can_be_passed(parity: Path) -> None:

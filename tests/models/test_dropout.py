@@ -17,6 +17,7 @@ from memtx.layers.encoder_attention import EncoderInputs, FullAttention
 from memtx.layers.feed_forward import FeedForward, SwiGLU
 from memtx.layers.longformer import LongformerAttention
 from memtx.layers.reformer import LocalAttention, LSHAttention
+from memtx.layers.xlnet import StreamInputs
 from memtx.models.heads import SequenceClassificationHead, TokenClassificationHead
 from memtx.models.reformer import Reformer
 from memtx.models.transformer_xl import TransformerXL
@@ -112,11 +113,11 @@ def test_embeddings_are_dropped(kind: str) -> None:
 
 def test_xlnet_drops_the_embedding_of_masks() -> None:
     network = model("xlnet", dropout=ALL)
-    rank = torch.arange(24).expand(2, -1)
+    targets = torch.eye(24).expand(2, -1, -1)
     network.dropout.train()
-    before = network(TOKENS, permutation_rank=rank).logits
+    before = network(TOKENS, target_mapping=targets).logits
     nn.init.normal_(network.mask_embedding)
-    assert torch.equal(network(TOKENS, permutation_rank=rank).logits, before)
+    assert torch.equal(network(TOKENS, target_mapping=targets).logits, before)
 
 
 @pytest.mark.parametrize("kind", ["transformer_xl", "xlnet"])
@@ -141,7 +142,10 @@ def test_distance_embeddings_are_dropped(kind: str) -> None:
     assert torch.allclose(last_output(x), last_output(shuffled), rtol=0, atol=1e-12)
 
 
-def test_transformer_xl_and_reformer_drop_their_outputs() -> None:
+def test_published_models_drop_their_outputs() -> None:
+    network = model("xlnet", dropout=ALL)
+    network.output_dropout.train()
+    assert not outputs(network).any()
     network = model("transformer_xl", dropout=ALL)
     network.norm.train()
     logits = network(TOKENS).logits
@@ -210,7 +214,7 @@ def test_attention_weights_of_two_streams_are_dropped() -> None:
     network = model("xlnet", dropout=ALL)
     attention = network.blocks[0].attention
     x = torch.randn(2, 24, 8, dtype=torch.float64)
-    arguments = (x, x, torch.randn(47, 8, dtype=torch.float64), torch.ones(1, 24, 24, dtype=torch.bool))
+    arguments = x, attention.project(x), StreamInputs(torch.randn(1, 48, 8, dtype=torch.float64))
     assert attention(*arguments).any()
     attention.train()
     assert not attention(*arguments).any()

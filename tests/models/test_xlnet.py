@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from memtx.errors import MemtxError
-from memtx.layers.xlnet import TwoStreamAttention, bidirectional_relative_shift, bidirectional_sinusoids
+from memtx.layers.xlnet import StreamInputs, TwoStreamAttention, bidirectional_relative_shift, relative_sinusoids
 from memtx.models.heads import TaskModel
 from memtx.models.xlnet import XLNet
 
@@ -23,64 +24,75 @@ def model(depth: int = 3) -> XLNet:
     return xlnet
 
 
-@given(st.integers(1, 9))
-def test_relative_shift_selects_the_distance(n: int) -> None:
-    scores = torch.randn(2, n, 2 * n - 1)
-    actual = bidirectional_relative_shift(scores)
+@given(st.integers(1, 9), st.integers(0, 4))
+def test_relative_shift_selects_the_distance(n: int, memory: int) -> None:
+    num_keys = memory + n
+    scores = torch.randn(2, 1, n, num_keys + n)
+    actual = bidirectional_relative_shift(scores, num_keys)
     for query in range(n):
-        for key in range(n):
-            # Column p is distance n - 1 - p, and the distance is query - key.
-            assert torch.equal(actual[:, query, key], scores[:, query, n - 1 - query + key])
+        for key in range(num_keys):
+            # Column p is distance num_keys - p, and the distance is that between the positions.
+            assert torch.equal(actual[..., query, key], scores[..., query, num_keys - (memory + query - key)])
+    positions = torch.arange(n).flip(0).expand(2, -1)
+    assert torch.equal(bidirectional_relative_shift(scores.flip(2), num_keys, positions), actual.flip(2))
 
 
 def test_two_stream_attention_matches_definition() -> None:
+    """Sections 2.3 to 2.5 of the paper, pair by pair: content, distance and segment."""
     torch.manual_seed(0)
     layer = TwoStreamAttention(8, 2).double()
-    torch.nn.init.normal_(layer.content_bias)
-    torch.nn.init.normal_(layer.position_bias)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
     query_stream, content = torch.randn(2, 1, 5, 8, dtype=torch.float64)
-    distances = bidirectional_sinusoids(5, content)
-    seen = torch.rand(1, 5, 5) < 0.6
-    seen[0, 2] = False
-    actual = layer(query_stream, content, distances, seen)
-    k, v = layer.key_value(content).view(1, 5, 2, 2, 4).unbind(2)
-    q, r = layer.query(query_stream).view(1, 5, 2, 4), layer.distance(distances).view(9, 2, 4)
+    memory = torch.randn(1, 3, 8, dtype=torch.float64)
+    keys = torch.cat([memory, content], dim=1)
+    distances, segments = relative_sinusoids(8, 5, content), torch.tensor([0, 0, 0, 0, 0, 1, 1, 0])
+    seen = torch.rand(5, 8) < 0.6
+    inputs = StreamInputs(distances[None], ~seen[None], None, (segments[3:, None] != segments)[None])
+    actual = layer(query_stream, layer.project(keys), inputs)
+    k, v = layer.key_value(keys).view(8, 2, 2, 4).unbind(1)
+    q, r = layer.query(query_stream).view(5, 2, 4), layer.distance(distances).view(13, 2, 4)
     for query in range(5):
         parts = torch.zeros(2, 4, dtype=torch.float64)
-        keys = seen[0, query].nonzero().flatten().tolist()
+        visible = seen[query].nonzero().flatten().tolist()
         for head in range(2):
-            if not keys:
-                continue
-            head_query = q[0, query, head]
             scores = torch.stack(
                 [
-                    ((head_query + layer.content_bias[head]) @ k[0, key, head]
-                     + (head_query + layer.position_bias[head]) @ r[4 - (query - key), head]) / 2
-                    for key in keys
+                    ((q[query, head] + layer.content_bias[head]) @ k[key, head]
+                     + (q[query, head] + layer.position_bias[head]) @ r[8 - (3 + query - key), head]
+                     + (q[query, head] + layer.segment_bias[head])
+                     @ layer.segment_embedding[int(segments[3 + query] != segments[key]), head]) / 2
+                    for key in visible
                 ]
             )  # fmt: skip
-            parts[head] = scores.softmax(0) @ v[0, keys, head]
+            parts[head] = scores.softmax(0) @ v[visible, head]
         torch.testing.assert_close(actual[0, query], layer.out(parts.flatten()), atol=1e-12, rtol=0)
+
+
+def order_masks(rank: Tensor) -> dict[str, Tensor]:
+    """Return the arguments that predict every token from those of lower ranks."""
+    return {"perm_mask": rank[:, :, None] <= rank[:, None], "target_mapping": torch.eye(rank.shape[1])[None]}
 
 
 def test_prediction_sees_earlier_ranks_but_not_itself() -> None:
     xlnet, n = model(), 9
     tokens = torch.randint(0, 40, (1, n))
     rank = torch.randperm(n)[None]
-    before = xlnet(tokens, permutation_rank=rank).logits
+    before = xlnet(tokens, **order_masks(rank)).logits
     for index in range(n):
         other = tokens.clone()
         other[0, index] = (other[0, index] + 1) % 40
-        changed = (xlnet(other, permutation_rank=rank).logits - before).abs().amax(-1)[0] > 1e-9
-        assert torch.equal(changed, rank[0] > rank[0, index])
+        changed = (xlnet(other, **order_masks(rank)).logits - before).abs().amax(-1)[0] > 1e-9
+        # The first token of the order sees nothing and so, as in the original code, takes the mean of all.
+        assert torch.equal(changed, (rank[0] > rank[0, index]) | (rank[0] == 0))
 
 
 def test_prediction_depends_on_position() -> None:
     # The query knows its position.
     xlnet = model()
     tokens = torch.tensor([[5, 6, 7, 8]])
-    logits = xlnet(tokens, permutation_rank=torch.tensor([[0, 1, 2, 3]])).logits
-    other = xlnet(tokens, permutation_rank=torch.tensor([[0, 1, 3, 2]])).logits
+    logits = xlnet(tokens, **order_masks(torch.tensor([[0, 1, 2, 3]]))).logits
+    other = xlnet(tokens, **order_masks(torch.tensor([[0, 1, 3, 2]]))).logits
     assert (logits[0, 3] - other[0, 3]).abs().max() > 1e-3
 
 
@@ -97,13 +109,13 @@ def test_bidirectional_xlnet_works_as_task_backbone(tmp_path: Path) -> None:
     assert XLNet.from_pretrained(tmp_path).fingerprint == xlnet.fingerprint
 
 
-def test_logits_mask_selects_positions() -> None:
+def test_target_mapping_selects_positions() -> None:
     xlnet = model()
     tokens, rank = torch.randint(0, 40, (2, 7)), torch.randperm(7).expand(2, -1)
-    scored = torch.rand(2, 7) < 0.5
-    expected = xlnet(tokens, permutation_rank=rank).logits
-    torch.testing.assert_close(xlnet(tokens, permutation_rank=rank, logits_mask=scored).logits, expected[scored])
-    with pytest.raises(MemtxError, match="rank is"):
-        xlnet(tokens, permutation_rank=rank[:, :3])
+    targets = torch.eye(7)[torch.tensor([[1, 4, 0], [6, 2, 3]])]
+    masks = {**order_masks(rank), "target_mapping": torch.eye(7).expand(2, -1, -1)}
+    expected = targets.double() @ xlnet(tokens, **masks).logits
+    actual = xlnet(tokens, **{**masks, "target_mapping": targets}).logits
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
     with pytest.raises(MemtxError, match=r"dim \(16\) must be even and divisible by heads \(3\)"):
         XLNet(40, dim=16, heads=3)

@@ -6,7 +6,7 @@ import torch
 from memtx.data.batch import IGNORE_INDEX
 from memtx.data.tokenizers import BytePairTokenizer, ByteTokenizer, Tokenizer
 from memtx.errors import MemtxError
-from memtx.training.objectives import mask_tokens, sample_permutation
+from memtx.training.objectives import mask_tokens
 
 TEXT = "Captain Ahab's white whale, störm 19th: the-end.\n\n Call me."
 
@@ -58,19 +58,8 @@ def test_whole_words_are_masked_together(kind: str) -> None:
     assert float(chosen.float().mean()) == pytest.approx(0.3, abs=0.05)
 
 
-def test_the_last_of_a_permutation_are_predicted() -> None:
-    tokens = torch.randint(0, 50, (8, 30), generator=seeded())
-    permutation = sample_permutation(tokens, predict_fraction=1 / 6, special_token_ids=(3,), generator=seeded(1))
-    assert torch.equal(permutation.rank.sort(1).values, torch.arange(30).expand(8, -1))
-    predicted = permutation.labels != IGNORE_INDEX
-    assert torch.equal(predicted, (permutation.rank >= 25) & (tokens != 3))
-    assert torch.equal(permutation.labels[predicted], tokens[predicted])
-
-
 @pytest.mark.parametrize("share", [0.0, 1.0, -1.0, float("nan")])
 def test_probabilities_are_checked(share: float) -> None:
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     with pytest.raises(MemtxError, match="mask_prob is"):
         mask_tokens(tokens, mask_token_id=1, vocab_size=1, mask_prob=share)
-    with pytest.raises(MemtxError, match="predict_fraction is"):
-        sample_permutation(tokens, predict_fraction=share)

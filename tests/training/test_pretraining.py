@@ -19,7 +19,8 @@ from memtx.layers.reformer import LocalAttention, LSHAttention
 from memtx.models.encoder import Encoder
 from memtx.models.reformer import Reformer
 from memtx.models.xlnet import XLNet
-from memtx.training.pretraining import CausalModule, MaskedModule, PermutedModule
+from memtx.training.permutation_lm import PermutedModule
+from memtx.training.pretraining import CausalModule, MaskedModule
 from tests.training.small import assert_equal, weights
 from tests.training.test_finetuning import trainer
 
@@ -36,7 +37,15 @@ REFORMER = partial(
 MODULES: dict[str, Any] = {
     "masked": partial(MaskedModule, ENCODER),
     "whole words": partial(MaskedModule, ENCODER, whole_words=True),
-    "permuted": partial(PermutedModule, partial(XLNet, dim=32, depth=2, heads=2)),
+    "permuted": partial(PermutedModule, partial(XLNet, dim=32, depth=2, heads=2), 257, 32),
+    "permuted, with memory": partial(
+        PermutedModule,
+        partial(XLNet, dim=32, depth=2, heads=2, memory_length=24, reuse_length=32),
+        257,
+        32,
+        num_targets=12,
+        whole_words=True,
+    ),
     "causal": partial(CausalModule, REFORMER),
 }
 
@@ -59,13 +68,14 @@ def parts(name: str, root: Path) -> tuple[Any, BookDataModule]:
     data = BookDataModule(
         str(root), batch_size=4, segment_length=32, eval_batch_size=1, cache_dir=str(root / "cache"), num_workers=1
     )
-    return MODULES[name](vocab_size=data.vocab_size, optimizer=adam, scheduler=None), data
+    sizes = {} if "permuted" in name else {"vocab_size": data.vocab_size}
+    return MODULES[name](**sizes, optimizer=adam, scheduler=None), data
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_each_objective_learns_repetition(name: str, root: Path) -> None:
     module, data = parts(name, root)
-    steps = {"permuted": 400}.get(name, 150)
+    steps = {"permuted": 400, "permuted, with memory": 250}.get(name, 150)
     run = trainer(max_steps=steps, max_epochs=-1, val_check_interval=steps, check_val_every_n_epoch=None)
     run.fit(module, data)
     # Fifteen kinds of letters, one of them twice, make 2.7 nats where nothing is known of the others.
@@ -74,7 +84,7 @@ def test_each_objective_learns_repetition(name: str, root: Path) -> None:
     assert again == run.validate(module, data, verbose=False)
 
 
-@pytest.mark.parametrize("name", ["masked", "permuted", "causal"])
+@pytest.mark.parametrize("name", ["masked", "permuted", "permuted, with memory", "causal"])
 def test_resuming_is_exact(name: str, root: Path, tmp_path: Path) -> None:
     final_weights = []
     for stop in (None, 3):

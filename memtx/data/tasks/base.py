@@ -29,18 +29,27 @@ NO_TARGET = np.array([IGNORE_INDEX], dtype=np.int64)  # of an example without a 
 _TASKS_BY_KIND: dict[str, type[Task]] = {}
 
 
+CLS_TYPE = 2
+"""Token type of ``[CLS]`` after the texts."""
+
+
 @dataclass(eq=False)
 class EncodedExample:
     """A window: an example, or a part of one that is longer than the model's input."""
 
     ids: IntArray  # (length,) tokens with special tokens
-    token_type_ids: IntArray  # (length,) 0 for the first text and 1 for the second
+    token_type_ids: IntArray  # (length,) 0 for the first text and 1 for the second, CLS_TYPE for [CLS] if it is last
     global_attention_mask: NDArray[np.bool_]  # (length,) True for global tokens
     input_start: int  # index in the window of the first token of the part
     text_start: int  # index of that token in the text that may be split
     text_stop: int  # index in that text after the part's last token
     target: IntArray | None = None  # labels to learn; meaningless if the example has none
     part: int = 0  # text of the example that the window is of: a choice, or a query (0) and its documents
+
+    @property
+    def cls_position(self) -> int:
+        """Index in the window of ``[CLS]``."""
+        return len(self.ids) - 1 if self.token_type_ids[-1] == CLS_TYPE else 0
 
 
 @dataclass(eq=False)
@@ -195,16 +204,23 @@ def build_inputs(
 ) -> tuple[IntArray, IntArray, NDArray[np.bool_]]:
     """Return ids, token types and global mask of ``[CLS] first [SEP]`` (and ``second [SEP]``); ``[CLS]`` is global.
 
-    The tokenizer decides on the number of separators between two texts.
+    The tokenizer decides on the number of separators between two texts, and whether ``[CLS]`` is last, of type 2.
     """
     sep, num_separators = np.array([tokenizer.sep_token_id]), 1
     second_parts: tuple[IntArray, ...] = ()
     if second_ids is not None:
         num_separators = tokenizer.num_pair_separators
         second_parts = (*[sep] * (num_separators - 1), second_ids, sep)
-    ids = np.concatenate([[tokenizer.cls_token_id], first_ids, sep, *second_parts]).astype(np.int64)
+    cls = np.array([tokenizer.cls_token_id])
+    num_prefix_tokens = tokenizer.num_prefix_tokens
+    frame = ([cls], []) if num_prefix_tokens else ([], [cls])
+    ids = np.concatenate([*frame[0], first_ids, sep, *second_parts, *frame[1]]).astype(np.int64)
     positions = np.arange(len(ids))
-    return ids, (positions >= len(first_ids) + 1 + num_separators).astype(np.int64), positions == 0
+    types = (positions >= len(first_ids) + num_prefix_tokens + num_separators).astype(np.int64)
+    if num_prefix_tokens:
+        return ids, types, positions == 0
+    types[-1] = CLS_TYPE
+    return ids, types, positions == len(ids) - 1
 
 
 def keep_newest(ids: IntArray, limit: int) -> IntArray:

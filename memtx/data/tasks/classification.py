@@ -33,8 +33,9 @@ class SingleLabelTask(Task):
         second_ids = others[0].ids if others else None
         num_reserved = 2 + sum(len(encoding) + tokenizer.num_pair_separators for encoding in others)
         target = self.make_target(example)
+        num_prefix = tokenizer.num_prefix_tokens
         return [
-            EncodedExample(*build_inputs(tokenizer, first.ids[start:stop], second_ids), 1, start, stop, target)
+            EncodedExample(*build_inputs(tokenizer, first.ids[start:stop], second_ids), num_prefix, start, stop, target)
             for start, stop in self.split_windows(len(first), num_reserved)
         ]
 

@@ -61,8 +61,9 @@ class DialogueClassification(SingleLabelTask):
             spans = [(self._first_token(encodings, len(ids)), len(ids))]
         else:
             spans = self.split_windows(len(ids), 2)
+        target, input_start = self.make_target(example), tokenizer.num_prefix_tokens
         return [
-            EncodedExample(*build_inputs(tokenizer, ids[start:stop]), 1, start, stop, self.make_target(example))
+            EncodedExample(*build_inputs(tokenizer, ids[start:stop]), input_start, start, stop, target)
             for start, stop in spans
         ]
 

@@ -77,14 +77,14 @@ class MultipleChoice(Task):
     ) -> list[EncodedExample]:
         """Return one or more windows a choice; the target is 1 for the right one, else 0."""
         text, *choices = encodings
-        windows = []
+        windows, input_start = [], tokenizer.num_prefix_tokens
         for index, choice in enumerate(choices):
             target = NO_TARGET if example.label is None else np.array([example.label == index], dtype=np.int64)
             num_separators = tokenizer.num_pair_separators
             for start, stop in self.split_windows(len(text), 2 + len(choice) + num_separators):
                 ids, types, is_global = build_inputs(tokenizer, text.ids[start:stop], choice.ids)
                 is_global |= types.astype(bool)
-                windows.append(EncodedExample(ids, types, is_global, 1, start, stop, target, part=index))
+                windows.append(EncodedExample(ids, types, is_global, input_start, start, stop, target, part=index))
         return windows
 
     def postprocess(self, prepared: PreparedExample, logits: Sequence[Logits]) -> dict[str, Any]:

@@ -58,18 +58,25 @@ class QuestionAnswering(Task):
     def encode(
         self, example: QuestionExample, encodings: Sequence[Encoding], tokenizer: HFTokenizer
     ) -> list[EncodedExample]:
-        """Return ``[CLS] question [SEP] context [SEP]``; the target is the answer's first and last position."""
+        """Return ``[CLS] question [SEP] context [SEP]``, or ``context [SEP] question [SEP] [CLS]``.
+
+        The target is the answer's first and last position.
+        """
         question, context = encodings
         answer = _answer_token_range(example, context)
-        context_start = len(question) + 1 + tokenizer.num_pair_separators
-        windows = []
-        for start, stop in self.split_windows(len(context), context_start + 1):
-            target = np.zeros(2, dtype=np.int64)
+        num_others = len(question) + 1 + tokenizer.num_pair_separators + 1
+        has_cls_last, windows = tokenizer.has_cls_last, []
+        context_start = 0 if has_cls_last else num_others - 1
+        for start, stop in self.split_windows(len(context), num_others):
+            texts = [question.ids, context.ids[start:stop]]
+            # XLNet's answers were trained with the context first.
+            inputs = build_inputs(tokenizer, *(reversed(texts) if has_cls_last else texts))
+            target = np.full(2, len(inputs[0]) - 1 if has_cls_last else 0, dtype=np.int64)
             if answer is not None and start <= answer[0] and answer[1] < stop:
                 target[:] = context_start + np.array(answer) - start
-            inputs = build_inputs(tokenizer, question.ids, context.ids[start:stop])
             windows.append(EncodedExample(*inputs, context_start, start, stop, target))
-            windows[-1].global_attention_mask[: len(question) + 1] = True
+            if not has_cls_last:
+                windows[-1].global_attention_mask[: len(question) + 1] = True
         return windows
 
     def postprocess(self, prepared: PreparedExample, logits: Sequence[Logits]) -> dict[str, Any]:
@@ -80,7 +87,8 @@ class QuestionAnswering(Task):
         """
         best_score, best_span, no_answer_score = -np.inf, (0, 0), np.inf
         for window, window_logits in zip(prepared.windows, logits, strict=True):
-            no_answer_score = min(no_answer_score, float(window_logits[0, START] + window_logits[0, END]))
+            cls_logits = window_logits[window.cls_position]
+            no_answer_score = min(no_answer_score, float(cls_logits[START] + cls_logits[END]))
             context_stop = window.input_start + window.text_stop - window.text_start
             score, start, end = _best_span(window_logits[window.input_start : context_stop], self.max_answer_length)
             if score > best_score:

@@ -85,7 +85,7 @@ class Retrieval(Task):
             target = np.array([int.from_bytes(digest, "big") >> 1], dtype=np.int64)
             for start, stop in self.split_windows(len(encoding), 2):
                 inputs = build_inputs(tokenizer, encoding.ids[start:stop])
-                windows.append(EncodedExample(*inputs, 1, start, stop, target, part))
+                windows.append(EncodedExample(*inputs, tokenizer.num_prefix_tokens, start, stop, target, part))
         return windows
 
     def postprocess(self, prepared: PreparedExample, logits: Sequence[Logits]) -> dict[str, Any]:

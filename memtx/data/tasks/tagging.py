@@ -101,8 +101,10 @@ class Tagging(Task):
             ids, token_type_ids, global_attention_mask = build_inputs(tokenizer, encoding.ids[start:stop])
             global_attention_mask[:] = False
             target = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
-            target[1:-1] = labels[start:stop]
-            windows.append(EncodedExample(ids, token_type_ids, global_attention_mask, 1, start, stop, target))
+            input_start = tokenizer.num_prefix_tokens
+            target[input_start : input_start + stop - start] = labels[start:stop]
+            masks = token_type_ids, global_attention_mask
+            windows.append(EncodedExample(ids, *masks, input_start, start, stop, target))
         return windows
 
     def postprocess(self, prepared: PreparedExample, logits: Sequence[Logits]) -> dict[str, Any]:
