@@ -14,6 +14,7 @@ from .inference.series import SeriesPredictor as SeriesPredictor
 from .layers.feed_forward import FeedForward as FeedForward
 from .layers.feed_forward import SwiGLU as SwiGLU
 from .layers.positions.base import Alibi as Alibi
+from .layers.positions.relative import RelativePositions as RelativePositions
 from .layers.positions.rotary import Rotary as Rotary
 from .layers.vector_heads import GaussianMixtureHead as GaussianMixtureHead
 from .layers.vector_heads import RegressionHead as RegressionHead
@@ -22,6 +23,7 @@ from .memory.block_recurrent import BlockRecurrentMemory as BlockRecurrentMemory
 from .memory.compressed import CompressedMemory as CompressedMemory
 from .memory.copy_memory import CopyMemory as CopyMemory
 from .memory.ernie_doc import ErnieDocMemory as ErnieDocMemory
+from .memory.expire_span import ExpireSpanMemory as ExpireSpanMemory
 from .memory.gated_delta_net import GatedDeltaNet as GatedDeltaNet
 from .memory.infini import InfiniMemory as InfiniMemory
 from .memory.memory_tokens import TokenMemory as TokenMemory

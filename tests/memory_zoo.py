@@ -22,6 +22,7 @@ from memtx.memory.compression import (
 )
 from memtx.memory.copy_memory import CopyMemory
 from memtx.memory.ernie_doc import ErnieDocMemory
+from memtx.memory.expire_span import ExpireSpanMemory
 from memtx.memory.gated_delta_net import GatedDeltaNet
 from memtx.memory.infini import InfiniMemory
 from memtx.memory.memory_tokens import TokenMemory
@@ -110,6 +111,9 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "recurrent": lambda window, rate, length: partial(RecurrentMemory, window=window),
     "recurrent-dilated": lambda window, rate, length: partial(RecurrentMemory, window=window, dilation=rate),
     "recurrent-dilated-head": lambda window, rate, length: partial(RecurrentMemory, window=window, dilation=[rate + 1]),
+    "recurrent-expire-span": lambda window, rate, length: partial(
+        ExpireSpanMemory, max_span=window + length, ramp=rate, initial_fraction=0.5
+    ),
     **{f"compressed-{name}": compressed(name) for name in COMPRESSIONS},
     "compressed-entry-bias": lambda window, rate, length: partial(
         CompressedMemory, window=window, compression_rate=rate, num_entries=length, entry_bias=-1.0
@@ -186,3 +190,7 @@ CHOOSING = {
     "copy",
 }
 """Kinds that choose between states or store fewer bits, where rounding in float32 may change the whole result."""
+
+UNCOUNTED = {"recurrent-dilated", "recurrent-dilated-head", "sinks-with-positions", "dual"}
+UNCOUNTED |= {kind for kind in KINDS if kind.startswith("top-k")}
+"""Kinds that relative positions do not support."""

@@ -60,6 +60,39 @@ _LOCAL, _LSH = (
     )
 )  # fmt: skip
 REFORMER_LAYERS = [_LOCAL, _LOCAL, _LSH, _LOCAL]
+RAE = "Rae et al. 2020"
+_MEMORY = "model.model.memories.0"
+COMPRESSIVE: dict[str, Row] = {
+    "model.model.class_path": ("memtx.MemoryTransformer", RAE),
+    "model.model.positions.class_path": ("memtx.RelativePositions", f"{RAE}, section 3: as Transformer-XL"),
+    "model.model.norm": ("torch.nn.LayerNorm", f"{RAE}, algorithm 1"),
+    "model.model.norm_placement": ("residual", f"{RAE}, algorithm 1, lines 7 and 12"),
+    "model.model.feed_forward.activation": ("torch.nn.ReLU", XL),
+    f"{_MEMORY}.class_path": ("memtx.CompressedMemory", RAE),
+    f"{_MEMORY}.compress_per_segment": (True, f"{RAE}, algorithm 1"),
+    f"{_MEMORY}.language_gradient": (False, f"{RAE}, section 3.2"),
+    f"{_MEMORY}.compression": ("memtx.memory.compression.StridedConvolution", f"{RAE}, table 5"),
+    f"{_MEMORY}.reconstruction": ("memtx.memory.compression.AttentionReconstruction", f"{RAE}, table 5"),
+    "model.optimizer.class_path": ("torch.optim.Adam", f"{RAE}, section 5"),
+    "model.optimizer.lr": (3e-4, f"{RAE}, section 5"),
+    "model.scheduler.class_path": ("memtx.training.optimizers.WarmupCosine", f"{RAE}, section 5"),
+    "model.scheduler.min_lr_ratio": (0.0033, f"{RAE}, section 5: 1e-6"),
+    "trainer.gradient_clip_val": (0.1, f"{RAE}, section 5"),
+    "trainer.callbacks.0.schedule": ({0: 1, 60000: 4}, f"{RAE}, section 5"),
+    "data.bptt_segments": (1, f"{RAE}, section 3.2"),
+}
+
+
+def compressive(section: str, **options: Any) -> dict[str, Row]:
+    """Return options of a section of the paper on the Compressive Transformer."""
+    paths = {"memory": _MEMORY, "model": "model.model", "scheduler": "model.scheduler"}
+    options_by_path = {}
+    for path, value in options.items():
+        part, _, option = path.partition("__")
+        options_by_path[f"{paths.get(part, part)}.{option}" if option else part] = (value, f"{RAE}, {section}")
+    return options_by_path
+
+
 XLNET = "Yang et al. 2019"
 XLNET_ROWS: dict[str, Row] = {
     f"model.model.{path}": (value, f"{XLNET}, section 3.4: BERT-Base's sizes")
@@ -85,6 +118,30 @@ XLNET_ROWS: dict[str, Row] = {
 }  # fmt: skip
 TABLE: dict[str, dict[str, Row]] = {
     "xlnet": XLNET_ROWS,
+    "compressive-enwik8": COMPRESSIVE | compressive(
+        "section 5.2", model__depth=24, data__segment_length=768, memory__window=768, memory__num_entries=1152,
+        memory__compression_rate=3, scheduler__warmup_steps=4000, scheduler__total_steps=104000,
+        trainer__max_steps=104000,
+    ) | {
+        "model.model.dim": (1024, f"{XL}, 24 layers"), "model.model.heads": (8, f"{XL}, 24 layers"),
+        "model.model.feed_forward.hidden_dim": (3072, f"{XL}, 24 layers"), "streams": (64, f"{XL}, 24 layers"),
+        "model.model.dropout": (0.15, f"{XL}, 24 layers"), "model.model.attention_dropout": (0.15, f"{XL}, 24 layers"),
+        # The count of the paper on Transformer-XL, table 2, and 24 convolutions of 3 x 1024 states to 1024.
+        "parameters": (277 + 24 * (3 * 1024 + 1) * 1024 / 1e6, f"{XL}, table 2"),
+        "target": ("0.97", f"{RAE}, table 4"),
+    },
+    "compressive-pg19": COMPRESSIVE | compressive(
+        "section 5.1", model__depth=36, data__segment_length=512, memory__window=512, memory__num_entries=512,
+        memory__compression_rate=2, scheduler__warmup_steps=16000, scheduler__total_steps=516000, streams=512,
+        trainer__max_steps=140000,
+    ) | {
+        "data.tokenizer.vocab_size": (32000, f"{RAE}, section 5.1"),
+        "model.model.dim": (1024, f"{XL}, 18 layers"), "model.model.heads": (16, f"{XL}, 18 layers"),
+        "model.model.feed_forward.hidden_dim": (4096, f"{XL}, 18 layers"),
+        # Derived: 5 maps of attention, 2 of the feed-forward part and the convolution per layer, and the vocabulary.
+        "parameters": ((36 * (5 + 2 * 4 + 2) * 1024**2 + 32000 * 1024) / 1e6, "no count in the paper"),
+        "target": ("33.6", f"{RAE}, table 3"),
+    },
     "transformer-xl-wt103": ADAM | WORDS | script(
         "pytorch/run_wt103_base.sh", model__model__dim=410, model__model__depth=16, model__model__heads=10,
         model__model__head_dim=41, model__model__hidden_dim=2100, model__model__dropout=0.1,
@@ -219,6 +276,15 @@ def lookup(content: Any, path: str) -> Any:
     return content
 
 
+def spell_out(config: Any) -> Any:
+    """Return a config in which classes without options are not just names."""
+    if isinstance(config, list):
+        return [spell_out(item) for item in config]
+    if isinstance(config, dict):
+        return {key: value if key == "class_path" else spell_out(value) for key, value in config.items()}
+    return {"class_path": config} if isinstance(config, str) and config.startswith(("memtx.", "torch.")) else config
+
+
 def find_value(name: str, path: str) -> Any:
     """Return what a config has for a row of the table."""
     content, head = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()), HEADS[name]
@@ -240,7 +306,7 @@ def find_value(name: str, path: str) -> Any:
     if path == "parameters":
         vocab_size = lookup(content, "data.tokenizer.vocab_size") or 257
         with torch.device("meta"):
-            model = class_config.from_config(lookup(content, "model.model"))(vocab_size=vocab_size)
+            model = class_config.from_config(spell_out(lookup(content, "model.model")))(vocab_size=vocab_size)
         return sum(weight.numel() for weight in model.parameters()) / 1e6
     value = lookup(content, path)
     return 1 if path == "data.bptt_segments" and value is None else value

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+
+@runtime_checkable
+class CountsSteps(Protocol):
+    """A callback that changes the number of accumulated batches."""
+
+    def count_steps(self, batches_per_epoch: float, num_epochs: int) -> int:
+        """Return the optimizer steps of a number of epochs."""
 
 
 def has_stepped(trainer: pl.Trainer) -> bool:
@@ -42,11 +50,25 @@ def total_steps(trainer: pl.Trainer, batches_per_epoch: float | None = None) -> 
     num_batches = trainer.num_training_batches if batches_per_epoch is None else batches_per_epoch
     if trainer.max_epochs is not None and trainer.max_epochs > 0 and math.isfinite(num_batches):
         # An epoch ends with an optimizer step, however few batches were accumulated.
-        entries = (entry for entry in cast(Any, trainer).callbacks if isinstance(entry, GradientAccumulationScheduler))
-        schedule = next(entries, GradientAccumulationScheduler({0: trainer.accumulate_grad_batches}))
+        callbacks: list[Any] = cast(Any, trainer).callbacks
+        by_step = next((callback for callback in callbacks if isinstance(callback, CountsSteps)), None)
+        if by_step is not None:
+            return min([*limits, by_step.count_steps(num_batches, trainer.max_epochs)])
+        schedule = _find_schedule(trainer) or GradientAccumulationScheduler({0: trainer.accumulate_grad_batches})
         get_count = schedule.get_accumulate_grad_batches
         limits.append(sum(math.ceil(num_batches / get_count(epoch)) for epoch in range(trainer.max_epochs)))
     return min(limits) if limits else None
+
+
+def _find_schedule(trainer: pl.Trainer) -> GradientAccumulationScheduler | None:
+    callbacks: list[Any] = cast(Any, trainer).callbacks
+    return next((entry for entry in callbacks if isinstance(entry, GradientAccumulationScheduler)), None)
+
+
+def sync_accumulation(trainer: pl.Trainer) -> None:
+    """Set the accumulated batches of a run resumed within an epoch, which Lightning sets where an epoch begins."""
+    if (schedule := _find_schedule(trainer)) is not None:
+        trainer.accumulate_grad_batches = schedule.get_accumulate_grad_batches(trainer.current_epoch)
 
 
 def sync_batch_progress(trainer: pl.Trainer) -> None:

@@ -47,6 +47,7 @@ from memtx.training.callbacks.oom import is_out_of_memory
 from memtx.training.callbacks.predictions import PredictionWriter
 from memtx.training.csv_logger import ResumableCSVLogger
 from memtx.training.language import LanguageModule
+from memtx.training.memformer import MemformerModule
 from memtx.training.optimizers import build_optimizer
 
 LAST_CHECKPOINT = "last.ckpt"
@@ -289,7 +290,7 @@ class MemtxCLI(LightningCLI):
             print_next_command("Use it with", "predict", "--checkpoint", path, "--text", "TEXT")
         elif "series" in sidecars:
             print_next_command("Predict a series with", "predict", "FILE", "--checkpoint", path)
-        elif not isinstance(self.model, LanguageModule):
+        elif not isinstance(self.model, LanguageModule) or isinstance(self.model, MemformerModule):
             print_next_command("Convert it to a model folder with", "convert", path, "FOLDER")
         elif "tokenizer" in sidecars:
             print_next_command("Read a text with", "read", "FILE", "--checkpoint", path)

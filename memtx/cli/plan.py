@@ -17,6 +17,7 @@ from memtx.data.tokenized_corpus import TokenizedCorpus, is_tokenized_corpus
 from memtx.errors import MemtxError
 from memtx.ops.cpu.cpu_info import choose_precision
 from memtx.training import cost
+from memtx.training.callbacks.accumulation import AccumulationSchedule
 from memtx.training.callbacks.progress import format_duration
 from memtx.training.callbacks.throughput import matmul_dtype
 from memtx.training.language import LanguageModule
@@ -91,6 +92,14 @@ def _estimate_speed(arguments: argparse.Namespace, plan: dict[str, Any]) -> dict
     }
 
 
+def _count_batches(trainer: Any, num_steps: int) -> int:
+    """Return the batches of the first optimizer steps of a run, given the trainer's options."""
+    for callback in trainer.callbacks if isinstance(trainer.callbacks, list) else ():
+        if callback.class_path.endswith(f".{AccumulationSchedule.__name__}"):
+            return AccumulationSchedule(**callback.init_args.as_dict()).count_batches(num_steps)
+    return num_steps * (trainer.accumulate_grad_batches or 1)
+
+
 def build_plan(arguments: argparse.Namespace, fit_arguments: list[str]) -> dict[str, Any]:
     """Return all figures of the plan from the options of ``memtx plan`` and of ``memtx fit``."""
     configs = [argument for path in arguments.config for argument in ("--config", path)]
@@ -122,7 +131,7 @@ def build_plan(arguments: argparse.Namespace, fit_arguments: list[str]) -> dict[
     corpus_tokens = arguments.tokens
     if corpus_tokens is None and is_tokenized_corpus(root := str(getattr(data, "root", ""))):
         corpus_tokens = TokenizedCorpus(root).splits["train"]["tokens"]
-    run_tokens = max(trainer.max_steps or 0, 0) * plan["tokens_per_step"] or None
+    run_tokens = _count_batches(trainer, max(trainer.max_steps or 0, 0)) * tokens_per_batch or None
     for name, tokens in (("run", run_tokens), ("corpus", corpus_tokens)):
         seconds = tokens / plan["tokens_per_second"] if tokens else None
         plan |= {f"{name}_tokens": tokens, f"{name}_seconds": seconds}

@@ -102,6 +102,7 @@ class MemoryAttention(nn.Module):
     def set_memories(self, memory: Memory[Any], extra_memories: Sequence[Memory[Any]], *, gated_memory: bool) -> None:
         """Replace the layer's memories; arguments as in the constructor."""
         _check_memories(memory, extra_memories, self.heads, self.head_dim)
+        self.positions.check_memories(memory, *extra_memories)
         self.memory = memory
         self.extra_memories = nn.ModuleList(extra_memories)
         # Gates of the exact memory's bank, then of each other gated memory, in order.
@@ -135,6 +136,7 @@ class MemoryAttention(nn.Module):
         readouts = self._readouts(views, q)
         entry_positions = views[0].entry_positions
         q, k, bias = self.positions(q, k, entry_positions, segment)
+        bias = bias if (extend_bias := views[0].extend_bias) is None else extend_bias(bias)
         if views[0].key_bias is not None:
             q, k, v = append_key_bias(q, k, v, views[0].key_bias, self.head_dim**-0.5)
         visibility = entry_positions.visibility
@@ -320,9 +322,8 @@ class MemoryAttention(nn.Module):
                 plan.visible, self.head_dim**-0.5,
             )  # fmt: skip
             return self.out(self._apply_output_gate(attended.flatten(1), gate))
-        q = self.positions.apply_absolute(q, position, step.memo)
+        q, bias = self.positions.step(q, position, plan, step.memo)
         k, v = ring.key_value.unbind(2)
-        bias = self.positions.score_bias(plan.offset, plan.visibility.memo)
         if (dilated := ring.layout.dilated) is not None:
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
             attend = partial(self._attend, return_lse=False)
@@ -364,6 +365,7 @@ class MemoryAttention(nn.Module):
             nn.init.normal_(layer.weight, std=layer_std)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+        self.positions.reset_parameters(std)
 
 
 def _apply_module(module: nn.Module, x: Tensor, frozen: bool) -> Tensor:

@@ -18,7 +18,7 @@ from memtx.segment import Segment
 
 
 class Block(nn.Module):
-    """A decoder layer with norms before its parts (Xiong et al. 2020, figure 1b), after them, or both.
+    """A decoder layer with norms before its parts (Xiong et al. 2020, figure 1b), after them, or of the residual sums.
 
     Args:
         attention: Attention part, or the memory in its place.
@@ -28,6 +28,8 @@ class Block(nn.Module):
         dropout: Dropout rate of the residual branches.
         attention_post_norm: Norm of the attention's output, before it is added. None disables it.
         feed_forward_post_norm: Norm of the feed-forward part's output. None disables it.
+        attention_residual_norm: Norm of the sum of the layer's input and the attention's output. None disables it.
+        feed_forward_residual_norm: Norm of the sum after the feed-forward part. None disables it.
     """
 
     def __init__(
@@ -39,8 +41,12 @@ class Block(nn.Module):
         dropout: float = 0.0,
         attention_post_norm: nn.Module | None = None,
         feed_forward_post_norm: nn.Module | None = None,
+        attention_residual_norm: nn.Module | None = None,
+        feed_forward_residual_norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.attention_residual_norm = attention_residual_norm or nn.Identity()
+        self.feed_forward_residual_norm = feed_forward_residual_norm or nn.Identity()
         self.attention_post_norm = attention_post_norm if attention_post_norm is not None else nn.Identity()
         self.feed_forward_post_norm = feed_forward_post_norm if feed_forward_post_norm is not None else nn.Identity()
         self.attention_norm = attention_norm
@@ -49,16 +55,21 @@ class Block(nn.Module):
         self.feed_forward = feed_forward
         self.dropout = nn.Dropout(dropout)
 
+    @property
+    def is_normalized(self) -> bool:
+        """True if the layer's output is normalized."""
+        return not isinstance(self.feed_forward_residual_norm, nn.Identity)
+
     def forward(self, x: Tensor, state: tuple[Any, ...], segment: Segment) -> tuple[Tensor, tuple[Any, ...], Losses]:
         """Return the layer's output ``(batch, length, dim)``, and its memories' next states and losses."""
         if isinstance(self.attention, MemoryAttention) and self.attention.memory.changes_layer_input:
             x = self.attention.memory.on_layer_input(state[0], x)
         attended, state, losses = self.attention(self.attention_norm(x), state, segment)
-        x = x + self.dropout(self.attention_post_norm(attended))
+        x = self.attention_residual_norm(x + self.dropout(self.attention_post_norm(attended)))
         chunks = split_without_grad(x)
         for chunk in chunks if len(chunks) > 1 else ():
             chunk += self._feed_forward(chunk)  # a view of x
-        x = x if len(chunks) > 1 else x + self._feed_forward(x)
+        x = self.feed_forward_residual_norm(x if len(chunks) > 1 else x + self._feed_forward(x))
         if isinstance(self.attention, MemoryAttention) and self.attention.needs_layer_output:
             state = self.attention.on_layer_output(state, self.attention_norm(x), segment)
         return x, state, losses
@@ -73,8 +84,10 @@ class Block(nn.Module):
 
     def step(self, x: Tensor, ring: Any, step: DecodeStep) -> Tensor:
         """Return the layer's output ``(batch, dim)`` for one token per stream; the buffers are written in place."""
-        x = x + self.attention_post_norm(self.attention.step(self.attention_norm(x), ring, step))
+        attended = self.attention_post_norm(self.attention.step(self.attention_norm(x), ring, step))
+        x = self.attention_residual_norm(x + attended)
         out: Tensor = x + self.feed_forward_post_norm(self.feed_forward(self.feed_forward_norm(x)))
+        out = self.feed_forward_residual_norm(out)
         return out
 
 

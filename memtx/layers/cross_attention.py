@@ -54,7 +54,8 @@ class CrossAttention(nn.Module):
         Args:
             x: Inputs. There may be several rows per row of the source, which then follow each other.
             source: Keys and values.
-            mask: ``(batch, 1, 1, source length)`` bool, False for padding. None if there is none.
+            mask: ``(batch, 1, 1 or length, source length)`` bool, False where a position does not see another, such as
+                padding; one that sees none gets zeros. None if all are seen.
             is_causal: If True, each position sees the source's positions up to its own; there is no mask then.
         """
         q = split_heads(self.query(x).view(source.key.shape[0], -1, x.shape[-1]), self.heads)
@@ -101,17 +102,20 @@ class DecoderBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, past: KeyValue | None, source: KeyValue, source_mask: Tensor | None
+        self, x: Tensor, past: KeyValue | None, source: KeyValue, source_mask: Tensor | None, mask: Tensor | None = None
     ) -> tuple[Tensor, KeyValue]:
         """Return the layer's output for x, both ``(rows, length, dim)``, and the keys and values of all positions.
 
-        Several positions at once have no past.
+        Several positions at once have no past. ``mask`` replaces the causal one, True where a position sees another,
+        ``(rows, 1, length, length)`` bool.
         """
         inputs = self._before(self.attention_norm, x)
         seen = self.attention.project(inputs)
         if past is not None:
             seen = KeyValue(*(torch.cat(parts, dim=2) for parts in zip(past, seen, strict=True)))
-        x = self._after(self.attention_norm, x, self.attention(inputs, seen, is_causal=past is None))
+        x = self._after(
+            self.attention_norm, x, self.attention(inputs, seen, mask=mask, is_causal=past is None and mask is None)
+        )
         inputs = self._before(self.cross_attention_norm, x)
         x = self._after(self.cross_attention_norm, x, self.cross_attention(inputs, source, mask=source_mask))
         hidden = self.feed_forward(self._before(self.feed_forward_norm, x))

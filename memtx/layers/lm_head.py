@@ -121,6 +121,23 @@ class AdaptiveEmbedding(nn.Module):
         return x
 
 
+class AdaptiveInputs(AdaptiveEmbedding):
+    """Token embeddings of less width for rarer tokens (adaptive inputs, Baevski and Auli 2019, section 3).
+
+    Args:
+        vocab_size: Vocabulary size; frequent tokens have low ids.
+        dim: Width of the hidden states, and of the embeddings of the most frequent tokens.
+        cutoffs: First token of each cluster after the most frequent tokens.
+        div_value: Factor by which each cluster's embeddings are narrower than the previous ones.
+
+    Raises:
+        MemtxError: cutoffs are not ascending within the vocabulary, or a cluster would have no width.
+    """
+
+    def __init__(self, vocab_size: int, dim: int, cutoffs: Sequence[int], div_value: int = 4) -> None:
+        super().__init__(VocabClusters(vocab_size, cutoffs, dim, div_value), dim)
+
+
 class AdaptiveSoftmax(nn.Module):
     """Log-probabilities by cluster: over the short list and the clusters, then over the tokens of each cluster.
 
@@ -212,3 +229,24 @@ class AdaptiveSoftmax(nn.Module):
 
 LMHead = LinearHead | AdaptiveSoftmax | NoHead
 """``head(x)`` returns logits, ``head.nll(x, labels)`` the summed and each label's negative log-likelihood."""
+
+
+def build_head(
+    embedding: nn.Module, vocab_size: int, dim: int, tie_embeddings: bool, output_memory: nn.Module | None
+) -> LinearHead | AdaptiveSoftmax:
+    """Return the head that fits an embedding, adaptive ones being tied; raises MemtxError if a memory needs another."""
+    if not isinstance(embedding, AdaptiveEmbedding):
+        return LinearHead(dim, vocab_size)
+    if output_memory is not None:
+        message = f"{type(output_memory).__name__} mixes logits of all tokens, which an adaptive softmax does not have."
+        raise MemtxError(message, "Remove output_memory or adaptive_embedding.")
+    return AdaptiveSoftmax(embedding, tie_embeddings=tie_embeddings)
+
+
+def init_vocabulary(embedding: nn.Module, head: nn.Module, std: float, projection_std: float = 0.01) -> None:
+    """Initialize embeddings and head with normal weights and zero biases; projections as Transformer-XL has them."""
+    for name, parameter in (*embedding.named_parameters(), *head.named_parameters()):
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=projection_std if name.startswith("projections.") else std)
+        else:
+            nn.init.zeros_(parameter)

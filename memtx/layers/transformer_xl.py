@@ -17,6 +17,7 @@ from memtx.errors import MemtxError
 from memtx.layers.attention import MemoryAttention
 from memtx.layers.block import Block
 from memtx.layers.positions.base import NoPositions
+from memtx.layers.positions.relative import sinusoidal_embedding
 from memtx.memory.base import ContentAttention, EntryPositions, LayerActivations, Losses, Memory, View
 from memtx.memory.recurrent import RecurrentMemory, RecurrentState, update_cache
 from memtx.ops.attention.mask import KeyRange, Visibility, create_mask
@@ -31,14 +32,6 @@ def distance_embeddings(num_keys: int, dim: int, clamp_length: int, like: Tensor
     """
     distance = torch.arange(num_keys - 1, -1, -1, device=like.device)
     return sinusoidal_embedding(distance.clamp(max=clamp_length) if clamp_length > 0 else distance, dim, like)
-
-
-def sinusoidal_embedding(distance: Tensor, dim: int, like: Tensor) -> Tensor:
-    """Return the embeddings of distances ``(n,)``, sines before cosines, ``(n, dim)`` in the dtype of ``like``."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    frequency = 1 / 10000 ** (torch.arange(0, dim, 2, device=like.device, dtype=dtype) / dim)
-    angle = distance.to(dtype)[:, None] * frequency
-    return torch.cat([angle.sin(), angle.cos()], dim=-1).to(like.dtype)
 
 
 def relative_shift(scores: Tensor) -> Tensor:

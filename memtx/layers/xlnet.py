@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from memtx.layers.feed_forward import FeedForward
-from memtx.layers.transformer_xl import sinusoidal_embedding
+from memtx.layers.positions.relative import sinusoidal_embedding
 from memtx.memory.parts import merge_heads, split_heads
 from memtx.ops.cpu.linear import Linear
 

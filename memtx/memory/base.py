@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
 from memtx.errors import MemtxError
+from memtx.ops.attention.bias import ScoreBias
 from memtx.ops.attention.mask import BankSplit, Visibility
+from memtx.ops.attention.scores import EntryCounts
 from memtx.segment import Segment
 
 S = TypeVar("S")
@@ -50,11 +53,13 @@ class EntryPositions:
         visibility: First and last query that sees each entry, with static bounds, in order.
         bank_split: The visibility split into what lies beyond the exact window and the window. None splits off the
             first key range.
+        counts: Distances, in entries, of the entries before the exact ones. None if there are none.
     """
 
     offset: Tensor
     visibility: Visibility
     bank_split: BankSplit | None = None
+    counts: EntryCounts | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,7 @@ class View:
     next_state: Any = None
     losses: Losses = field(default_factory=dict)
     key_bias: Tensor | None = None
+    extend_bias: Callable[[Any], ScoreBias] | None = None
 
     @classmethod
     def readout_only(cls, segment: Segment, context: Any, next_state: Any = None, losses: Losses | None = None) -> View:
@@ -144,6 +150,8 @@ class Memory(nn.Module, ABC, Generic[S]):
             state now and then (``state_reset_prob`` of :class:`memtx.training.language.LanguageModule`).
         depends_on_segmentation: If True, results depend on how a stream is cut into segments, as in some published
             schedules.
+        supports_relative_positions: If False, the distances of its entries are not known in entries (see
+            :class:`memtx.layers.positions.relative.RelativePositions`).
         interval: Tokens of a document between two writes. None means every token is written.
         changes_layer_input: If True, the memory implements :meth:`on_layer_input`.
         is_hidden: If True, nothing beyond the exact window is read from this memory, which is carried as before (see
@@ -159,6 +167,7 @@ class Memory(nn.Module, ABC, Generic[S]):
     unbounded: ClassVar[bool] = True
     changes_layer_input: ClassVar[bool] = False
     depends_on_segmentation: bool = False
+    supports_relative_positions: bool = True
     interval: int | None = None
     is_hidden: bool = False
 

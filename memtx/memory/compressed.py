@@ -18,13 +18,14 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from memtx.errors import check_at_least
+from memtx.errors import MemtxError, check_at_least
 from memtx.memory.base import ContentAttention, EntryPositions, LayerActivations, Losses, Memory, View
 from memtx.memory.compression import Compression, Reconstruction, StridedConvolution
 from memtx.memory.kv_ring import RingLayout
 from memtx.memory.parts import gather_entries
 from memtx.memory.recurrent import locate_entries, update_cache
 from memtx.ops.attention.mask import KeyRange, Visibility
+from memtx.ops.attention.scores import EntryCounts
 from memtx.segment import INFINITE_OFFSET, Segment
 from memtx.state import state_dataclass
 
@@ -127,9 +128,11 @@ class CompressedMemory(Memory[CompressedState]):
             depend on segmentation.
         entry_bias: Initial value of a log-weight, learned per head, that is added to the scaled scores of the entries;
             at -3 they get a twentieth of their weight. None disables it.
+        language_gradient: If True, the language model's loss trains the compression, too. If False, the reconstruction
+            loss alone does, as published (Rae et al. 2020, section 3.2), and no gradient enters an entry's states.
 
     Raises:
-        MemtxError: A number is out of range.
+        MemtxError: A number is out of range, or nothing would train the compression.
     """
 
     has_bank = True
@@ -146,6 +149,7 @@ class CompressedMemory(Memory[CompressedState]):
         reconstruction: Callable[[int, int], Reconstruction] | None = None,
         compress_per_segment: bool = False,
         entry_bias: float | None = None,
+        language_gradient: bool = True,
     ) -> None:
         super().__init__(dim)
         check_at_least(1, window=window, compression_rate=compression_rate)
@@ -157,6 +161,10 @@ class CompressedMemory(Memory[CompressedState]):
         self.entry_bias = entry_bias
         self.compression = compression(dim, compression_rate)
         self.reconstruction = reconstruction(dim, compression_rate) if reconstruction is not None else None
+        self.language_gradient = language_gradient
+        if not language_gradient and reconstruction is None and any(True for _ in self.compression.parameters()):
+            message = f"language_gradient is False, but {type(self.compression).__name__} has no other loss."
+            raise MemtxError(message, "Give a reconstruction, or a compression without weights such as MeanPooling.")
 
     @property
     def cache_length(self) -> int:
@@ -222,7 +230,10 @@ class CompressedMemory(Memory[CompressedState]):
             detached_entries = self.compression(detached, usage)
             loss = self.reconstruction(detached, detached_entries, evicted.valid, x.detach(), attention)
             losses[self.reconstruction.name] = loss
-        return self.compression(blocks, usage).to(x.dtype), losses
+            if not self.language_gradient:
+                return detached_entries.detach().to(x.dtype), losses
+        entries: Tensor = self.compression(blocks, usage).to(x.dtype)
+        return entries if self.language_gradient else entries.detach(), losses
 
     def _evicted_blocks(self, segment: Segment) -> EvictedBlocks:
         return segment.memo(
@@ -235,7 +246,7 @@ class CompressedMemory(Memory[CompressedState]):
         past_length = segment.past_length[:, None]
 
         # Slot i of the carried bank holds block `num_evicted - num_entries + i` of the document open before the call.
-        num_evicted = ((past_length - self.window).clamp(min=-1) // rate).clamp(min=0)
+        num_evicted = self._num_evicted(past_length - 1)
         block = num_evicted - num_entries + torch.arange(num_entries, device=past_length.device)
         bank_from = (block + 1) * rate + self.window - 1 - past_length
         bank_until = segment.past_document_end[:, None]
@@ -261,6 +272,7 @@ class CompressedMemory(Memory[CompressedState]):
                 segment.length,
                 self._key_ranges(segment.length, evicted.evicted_at.shape[1]),
             ),
+            counts=self._count_entries(segment, evicted, block),
         )
 
         # The next bank: the newest entries of the newest document, oldest first.
@@ -273,6 +285,23 @@ class CompressedMemory(Memory[CompressedState]):
         indices = age_order.argsort(dim=1, stable=True)[:, age_order.shape[1] - num_entries :]
         return BankPlan(indices, (age_order.gather(1, indices) > -INFINITE_OFFSET)[..., None], entry_positions)
 
+    def _count_entries(self, segment: Segment, evicted: EvictedBlocks, block: Tensor) -> EntryCounts:
+        """Return the distances of [bank | blocks], in which ``compression_rate`` states became one position."""
+        rate, length = self.compression_rate, segment.length
+        position = segment.past_length[:, None] - 1 if self.compress_per_segment else segment.position
+        num_evicted = self._num_evicted(position)
+        newest = self._num_evicted(segment.position.gather(1, evicted.evicted_at)) - 1
+        query = segment.position
+        if self.compress_per_segment:
+            query = segment.past_length[:, None] + torch.arange(length, device=position.device)
+        bounds = self.window, self.window + rate + self.num_entries
+        key = torch.cat([block, newest], dim=1)
+        return EntryCounts(query - (rate - 1) * num_evicted, key, *bounds, slope=int(self.compress_per_segment))
+
+    def _num_evicted(self, position: Tensor) -> Tensor:
+        """Return the number of blocks of a document that have left the window at the token at ``position``."""
+        return ((position - self.window + 1).clamp(min=-1) // self.compression_rate).clamp(min=0)
+
     def _block_center(self, evicted_at: Tensor) -> Tensor:
         """Return the offsets, float64, of the centers of blocks evicted at ``evicted_at``."""
         return evicted_at.double() - self.window - (self.compression_rate - 1) / 2
@@ -281,7 +310,9 @@ class CompressedMemory(Memory[CompressedState]):
         """Return static bounds: entries advance by ``compression_rate`` offsets, exact states by one."""
         entries, exact, rate = self.num_entries + num_blocks, self.cache_length + length, self.compression_rate
         if self.compress_per_segment:
-            return KeyRange(entries), KeyRange(exact, -self.cache_length, 1, None)
+            # No query of the call sees the evicted blocks.
+            blocks = KeyRange(num_blocks, INFINITE_OFFSET, 1)
+            return KeyRange(self.num_entries), blocks, KeyRange(exact, -self.cache_length, 1, None)
         span = self.num_entries * rate
         return KeyRange(entries, -span, rate, span), KeyRange(exact, -self.cache_length, 1, self.cache_length)
 

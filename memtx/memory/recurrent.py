@@ -78,7 +78,7 @@ class RecurrentMemory(Memory[RecurrentState]):
         if (is_dilated := max(distances, default=1) > 1) and (near_window is not None or not same_length):
             message = f"dilation is {dilation}, near_window {near_window}, same_length {same_length}."
             raise MemtxError(message, "Give a dilation above 1 with same_length and without near_window.")
-        self.dilation = dilation
+        self.dilation, self.supports_relative_positions = dilation, not is_dilated
         self.near_window, self.entry_bias = near_window, entry_bias
         self.has_bank = near_window is not None
         self.trained_length = trained_length

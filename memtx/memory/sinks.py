@@ -85,7 +85,7 @@ class SinkMemory(Memory[SinkState]):
             )
         self.num_sinks = num_sinks
         self.exclude_recent = exclude_recent
-        self.use_positions = use_positions
+        self.use_positions, self.supports_relative_positions = use_positions, not use_positions
 
     def init_state(self, batch_size: int, *, like: Tensor) -> SinkState:
         """Return zeros: no token read."""

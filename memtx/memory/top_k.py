@@ -49,6 +49,7 @@ class TopKMemory(CompressedMemory):
     """
 
     supports_padding = False
+    supports_relative_positions = False
     unbounded = True
 
     def __init__(

@@ -181,22 +181,31 @@ class MemoryTransformerBackbone(nn.Module):
         vocab_size: Number of token ids.
         model: Factory of the memory transformer, given vocab_size.
         segment_length: Tokens per call.
+        retrospective: If True, read every text twice and return the outputs of the second time, which continues in the
+            state that the first one leaves, without gradient (the retrospective feed of ERNIE-Doc, Ding et al. 2021,
+            section 3.2). With ``ErnieDocMemory`` this state is the layers' outputs, so every token knows of the whole
+            text.
     """
 
     supports_global_attention = False
     type_vocab_size = 0
 
     def __init__(
-        self, vocab_size: int, model: Callable[[int], MemoryTransformer] = MemoryTransformer, segment_length: int = 256
+        self,
+        vocab_size: int,
+        model: Callable[[int], MemoryTransformer] = MemoryTransformer,
+        segment_length: int = 256,
+        retrospective: bool = False,
     ) -> None:
         super().__init__()
         check_at_least(1, segment_length=segment_length)
+        self.retrospective = retrospective
         self.model = model(vocab_size)
         self.dim, self.vocab_size, self.segment_length = self.model.dim, vocab_size, segment_length
 
     def encode(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Return normalized hidden states ``(batch, length, dim)`` of tokens ``(batch, length)``, padded at the end."""
-        state = self.model.init_state(tokens.shape[0])
+        state = self._skim(tokens, attention_mask) if self.retrospective else self.model.init_state(tokens.shape[0])
         outputs = []
 
         def read(segment: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
@@ -210,6 +219,19 @@ class MemoryTransformerBackbone(nn.Module):
             x, state = cast(tuple[Tensor, MemoryState], output)
             outputs.append(x)
         return torch.cat(outputs, dim=1)
+
+    @torch.no_grad()
+    def _skim(self, tokens: Tensor, attention_mask: Tensor) -> MemoryState:
+        """Return the state after the texts, the skimming phase; padding goes before them, as another document."""
+        length, text_length = tokens.shape[1], attention_mask.sum(1, keepdim=True)
+        offset = torch.arange(length, device=tokens.device)
+        tokens = tokens.gather(1, (offset + text_length) % length)
+        document_starts = offset == length - text_length
+        state = self.model.init_state(tokens.shape[0])
+        for start in range(0, length, self.segment_length):
+            segment = slice(start, start + self.segment_length)
+            state = self.model(tokens[:, segment], state, document_starts=document_starts[:, segment]).state
+        return state
 
 
 class TaskModel(PretrainedModel):

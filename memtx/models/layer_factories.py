@@ -16,8 +16,8 @@ from memtx.memory.base import Memory
 
 T = TypeVar("T")
 
-NormPlacement = Literal["pre", "post", "sandwich"]
-"""Position of a layer's norms: before its parts, after them, or both."""
+NormPlacement = Literal["pre", "post", "sandwich", "residual"]
+"""Position of a layer's norms: before its parts, after them, both, or after the sums with their inputs."""
 
 FeedForwardFactory = Callable[[int], nn.Module]
 """Returns a layer's feed-forward part, given dim."""
@@ -53,11 +53,11 @@ def build_block(
     else:
         message = f"{type(memories[0]).__name__} replaces attention but has other memories beside it."
         raise MemtxError(message, "Give it a layer of its own.")
-    pre, post = (
+    pre, post, residual = (
         [norm(dim) if norm_placement in placements else None for _ in range(2)]
-        for placements in (("pre", "sandwich"), ("post", "sandwich"))
+        for placements in (("pre", "sandwich"), ("post", "sandwich"), ("residual",))
     )
-    return Block(mixer, feed_forward(dim), pre[0] or nn.Identity(), pre[1] or nn.Identity(), dropout, *post)
+    return Block(mixer, feed_forward(dim), pre[0] or nn.Identity(), pre[1] or nn.Identity(), dropout, *post, *residual)
 
 
 def per_layer(name: str, value: Sequence[T] | T, depth: int) -> Sequence[T]:

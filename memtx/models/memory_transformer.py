@@ -20,7 +20,7 @@ from memtx.errors import MemtxError, check_at_least, check_probability
 from memtx.layers.attention import MemoryAttention
 from memtx.layers.block import Block, run_recomputed
 from memtx.layers.feed_forward import SwiGLU, reset_linear
-from memtx.layers.lm_head import LinearHead, LMHead
+from memtx.layers.lm_head import AdaptiveEmbedding, LinearHead, LMHead, build_head, init_vocabulary
 from memtx.layers.positions.rotary import Rotary
 from memtx.memory.base import Losses
 from memtx.memory.compressed import CompressedMemory
@@ -78,8 +78,8 @@ class MemoryTransformer(PretrainedModel):
         attention_dropout: Dropout rate of the attention weights (slower: fused kernels do not support it).
         tie_embeddings: If True, the output projection is the embedding.
         attention_backend: Backend of the attention operation.
-        norm_placement: Norms before ("pre") or after ("post") each part of a layer, or both ("sandwich", Gemma 2). A
-            list gives one per layer.
+        norm_placement: Norms before ("pre") or after ("post") each part of a layer, both ("sandwich", Gemma 2), or of
+            the sums with their inputs ("residual", Vaswani et al. 2017). A list gives one per layer.
         output_gate: If True, attention outputs are gated per channel (Qiu et al. 2025, section 3).
         joint_qk_norm: If True, ``qk_norm`` normalizes all heads of a token at once.
         query_scale: Factor of the queries, besides 1 / sqrt(head_dim).
@@ -87,6 +87,8 @@ class MemoryTransformer(PretrainedModel):
         layer_feed_forward: One ``feed_forward`` per layer. Defaults to the same for all.
         layer_positions: One ``positions`` per layer. Defaults to the same for all.
         output_memory: Factory of a memory that is mixed into the prediction, given dim. None disables it.
+        adaptive_embedding: Factory of embeddings by cluster, given (vocab_size, dim), such as ``AdaptiveInputs``; the
+            output is then an adaptive softmax with the same clusters. None disables it.
 
     Raises:
         MemtxError: A number is out of range, or numbers do not divide as they must.
@@ -130,6 +132,7 @@ class MemoryTransformer(PretrainedModel):
         layer_feed_forward: Sequence[FeedForwardFactory] | None = None,
         layer_positions: Sequence[PositionsFactory] | None = None,
         output_memory: Callable[[int], CopyMemory] | None = None,
+        adaptive_embedding: Callable[[int, int], AdaptiveEmbedding] | None = None,
     ) -> None:
         arguments = dict(locals())
         arguments["memories"] = layer_memories = expand_memories(memories, depth)
@@ -139,7 +142,7 @@ class MemoryTransformer(PretrainedModel):
         self.save_init_args(arguments)
         self.vocab_size, self.dim, self.depth = vocab_size, dim, depth
         self.activation_checkpointing = False
-        self.embedding = embedding = nn.Embedding(vocab_size, dim)
+        self.embedding = (adaptive_embedding or nn.Embedding)(vocab_size, dim)
         self.absolute_positions = absolute_positions(dim) if absolute_positions is not None else None
         # In the dtype of the weights, as the published models have it.
         self.register_buffer("embedding_scale", torch.tensor(float(embedding_scale)), persistent=False)
@@ -162,12 +165,12 @@ class MemoryTransformer(PretrainedModel):
             )
         )
         self.init_memory_tokens()
-        self.norm = norm(dim)
-        self.head = head = LinearHead(dim, vocab_size)
+        self.norm = nn.Identity() if self._layers()[-1].is_normalized else norm(dim)
         self.output_memory = output_memory(dim) if output_memory is not None else None
+        self.head = build_head(self.embedding, vocab_size, dim, tie_embeddings, self.output_memory)
         self.reset_parameters()
-        if tie_embeddings:
-            head.weight = embedding.weight
+        if tie_embeddings and isinstance(self.head, LinearHead):
+            self.head.weight = cast("nn.Embedding", self.embedding).weight
 
     def with_memory(
         self,
@@ -219,8 +222,7 @@ class MemoryTransformer(PretrainedModel):
     def reset_parameters(self) -> None:
         """Initialize all weights by GPT-2's rule: residual projections are scaled by 1 / sqrt(number of them)."""
         std, residual_std = 0.02, 0.02 / (2 * self.depth) ** 0.5
-        for weight in (*self.embedding.parameters(), *self.head.parameters()):
-            nn.init.normal_(weight, std=std)
+        init_vocabulary(self.embedding, self.head, std)
         if self.memory_tokens is not None:
             nn.init.normal_(self.write_tokens, std=std)
         for block in self._layers():

@@ -263,6 +263,7 @@ class BaseModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Restore the states of this rank: after setup, which draws random numbers."""
+        trainer_state.sync_accumulation(self.trainer)
         if (entry := self._resume_state) is None:
             return
         self._resume_state = None

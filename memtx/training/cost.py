@@ -23,9 +23,9 @@ from torch.optim import Optimizer
 from memtx import class_config
 from memtx.errors import MemtxError
 from memtx.layers.lm_head import AdaptiveSoftmax
+from memtx.layers.positions.relative import RelativePositions
 from memtx.memory.base import Memory
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.models.transformer_xl import TransformerXL
 from memtx.ops.attention.dispatch import use_attention_hook
 from memtx.ops.attention.mask import Visibility, num_visible_pairs
 from memtx.ops.cpu.linear import linear
@@ -61,11 +61,11 @@ class FlopsPerToken:
 def count_flops(model: MemoryTransformer, segment_length: int) -> FlopsPerToken:
     """Count the operations per token of a stream that is read ``segment_length`` tokens per call."""
     try:
+        if isinstance(model.head, AdaptiveSoftmax):
+            return _count_matrix_products(model, segment_length)
         num_vectors, pairs = _record_operations(make_narrow_copy(model), segment_length)
         includes_attention = True
     except (MemtxError, TypeError, KeyError, ValueError):
-        if isinstance(model, TransformerXL):
-            return _count_matrix_products(model, segment_length)
         # For other subclasses with other arguments, only linear layers can be counted.
         with _fake_tensor_mode():
             num_vectors, pairs = _record_operations(copy_to_cpu(model), segment_length)
@@ -79,9 +79,11 @@ def count_flops(model: MemoryTransformer, segment_length: int) -> FlopsPerToken:
     if includes_attention:
         init_args = model.config["init_args"]
         head_dim = int(init_args.get("head_dim") or init_args["dim"] // init_args["heads"])
+        # Relative positions have a score by distance beside that by content.
+        products = 3 if any(isinstance(module, RelativePositions) for module in model.modules()) else 2
         for num_pairs, needs_grad in pairs:
-            forward += 4.0 * head_dim * num_pairs
-            training += 4.0 * head_dim * num_pairs * (3 if needs_grad else 1)
+            forward += 2.0 * products * head_dim * num_pairs
+            training += 2.0 * products * head_dim * num_pairs * (3 if needs_grad else 1)
     return FlopsPerToken(forward / segment_length, training / segment_length, includes_attention)
 
 

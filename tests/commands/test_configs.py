@@ -26,6 +26,7 @@ CONFIGS = sorted((HOME / "configs").glob("*.yaml"))
 NAMES = [path.name for path in CONFIGS]
 BOOKS = {"quickstart", "pg19", "pg19-mini", "enwik8", "enwik8-copy", "long-to-memory"}
 BOOKS |= {"longformer-lm-enwik8", "longformer-lm-text8"}
+BOOKS |= {"memformer"}
 TRANSFORMER_XL = {"wt103", "wt103-large", "enwik8", "enwik8-24", "text8"}
 PRETRAINING = {"longformer-mlm", "bigbird-mlm", "reformer-clm", "distilbert"}
 PRETRAINING |= {"tinybert-general", "tinybert-general-long", "xlnet"}
@@ -229,6 +230,13 @@ def test_the_quickstart_trains(program: Program, tmp_path: Path) -> None:
 
 
 SMALL_OPTIONS = {
+    "memformer": [
+        "--data.batch_size=2", "--data.segment_length=8", "--data.tokenizer.init_args.vocab_size=300",
+        "--model.model.init_args.dim=16", "--model.model.init_args.encoder_depth=1",
+        "--model.model.init_args.decoder_depth=1", "--model.model.init_args.heads=2",
+        "--model.model.init_args.hidden_dim=32", "--model.model.init_args.num_slots=4",
+        "--model.model.init_args.segment_length=8", "--model.model.init_args.cutoffs=[100,200]",
+    ],
     "xlnet": [
         "--data.batch_size=2", "--data.segment_length=16", "--data.tokenizer.init_args.vocab_size=300",
         "--model.num_targets=5", "--model.model.init_args.dim=16", "--model.model.init_args.depth=2",

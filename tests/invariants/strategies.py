@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from memtx import FeedForward, MemoryTransformer
+from memtx import FeedForward, MemoryTransformer, RelativePositions
 from memtx.layers.positions.base import Alibi
 from memtx.layers.positions.rotary import Rotary
 from memtx.state import MemoryState
-from tests.memory_zoo import KINDS, output_memory
+from tests.memory_zoo import KINDS, UNCOUNTED, output_memory
 
 VOCAB_SIZE = 11
 
@@ -50,7 +50,7 @@ def cases(draw: st.DrawFn, kind: str, batch_size: int | None = None) -> Case:
     seed = draw(st.integers(0, 2**16))
     start_prob = draw(st.sampled_from([0.0, 0.05, 0.3]))
     kv_heads = draw(st.sampled_from([1, 2]))
-    positions = draw(st.sampled_from([Rotary, Alibi]))
+    positions = draw(st.sampled_from([Rotary, Alibi] if kind in UNCOUNTED else [Rotary, Alibi, RelativePositions]))
     torch.manual_seed(seed)
     model = MemoryTransformer(
         VOCAB_SIZE, dim=8, depth=2, heads=2, kv_heads=kv_heads,

@@ -72,7 +72,14 @@ def test_joined_streams_continue_as_separate_ones(kind: str, data: st.DataObject
         assert (logits[index : index + 1] - read(stream, state=state)[0]).abs().max() < EXACT
 
 
-PADDED_KINDS = ["recurrent", "compressed-convolution", "compressed-most_used", "gated-delta-net", "copy"]
+PADDED_KINDS = [
+    "recurrent",
+    "recurrent-expire-span",
+    "compressed-convolution",
+    "compressed-most_used",
+    "gated-delta-net",
+    "copy",
+]
 
 
 @pytest.mark.parametrize("kind", PADDED_KINDS)

@@ -12,6 +12,7 @@ import torch
 from memtx.errors import MemtxError
 from memtx.layers.longformer import LongformerAttention
 from memtx.memory.compressed import CompressedMemory
+from memtx.memory.ernie_doc import ErnieDocMemory
 from memtx.models.encoder import Encoder
 from memtx.models.heads import (
     CLSPooling,
@@ -34,6 +35,7 @@ MEMORY = partial(
 BACKBONES: dict[str, Any] = {
     "encoder": partial(Encoder, dim=16, depth=2, heads=2, attentions=[partial(LongformerAttention, window=4)]),
     "segmented": partial(MemoryTransformerBackbone, model=MEMORY, segment_length=8),
+    "retrospective": partial(MemoryTransformerBackbone, model=MEMORY, segment_length=8, retrospective=True),
 }
 HEADS: dict[str, Any] = {
     "mean": SequenceClassificationHead,
@@ -113,3 +115,28 @@ def test_invalid_backbones_are_refused() -> None:
         TaskModel(50, 2, Reformer)
     with pytest.raises(MemtxError, match="num_labels is 0"):
         TaskModel(50, 0, BACKBONES["encoder"])
+
+
+def test_the_retrospective_feed_reads_every_text_twice() -> None:
+    """ERNIE-Doc, section 3.2: the second time, a text's first tokens see the layers' outputs at its end."""
+    ernie_doc = partial(
+        MemoryTransformer, dim=8, depth=2, heads=2, memories=[partial(ErnieDocMemory, window=6, interval=4)]
+    )
+    torch.manual_seed(0)
+    plain, retrospective = (
+        MemoryTransformerBackbone(50, ernie_doc, segment_length=5, retrospective=value).double().eval()
+        for value in (False, True)
+    )
+    retrospective.load_state_dict(plain.state_dict())
+    lengths, length = (14, 9, 1), 14
+    tokens = torch.randint(0, 50, (3, length))
+    mask = (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
+    out = retrospective.encode(tokens, mask)
+    for row, n in enumerate(lengths):
+        text = tokens[row : row + 1, :n]
+        both = plain.encode(torch.cat([text, text], dim=1), torch.ones(1, 2 * n, dtype=torch.int64))
+        torch.testing.assert_close(out[row : row + 1, :n], both[:, n:], atol=1e-10, rtol=0)
+    other = tokens.clone()
+    other[0, -1] = (other[0, -1] + 1) % 50
+    assert (retrospective.encode(other, mask)[0, 0] != out[0, 0]).any()
+    assert torch.equal(plain.encode(other, mask)[0, 0], plain.encode(tokens, mask)[0, 0])

@@ -1,7 +1,7 @@
 """The interface of position encodings, and the two without angles: none and ALiBi.
 
 All are relative and computed from offsets, which count from the call's first token and so stay small however long the
-stream is. A compressed entry is at the center of its block.
+stream is. A compressed entry is at the center of its block, except for ``RelativePositions``, which counts it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from memtx.memory.base import EntryPositions
-from memtx.ops.attention.bias import AlibiBias
+from memtx.memory.base import EntryPositions, Memory
+from memtx.memory.kv_ring import DecodePlan
+from memtx.ops.attention.bias import AlibiBias, ScoreBias
 from memtx.segment import Segment
 
 Memoize = Callable[[Hashable, Callable[[], Any]], Any]
@@ -40,7 +41,7 @@ class Positions(nn.Module):
 
     def forward(
         self, q: Tensor, k: Tensor, entry_positions: EntryPositions, segment: Segment
-    ) -> tuple[Tensor, Tensor, AlibiBias | None]:
+    ) -> tuple[Tensor, Tensor, ScoreBias | None]:
         """Return queries and keys with positions, and an additive bias of their scores.
 
         Queries are ``(batch, length, heads, head_dim)``, keys ``(batch, entries, kv_heads, head_dim)``.
@@ -49,6 +50,23 @@ class Positions(nn.Module):
         offset, memo = entry_positions.offset, entry_positions.visibility.memo
         q, k = self.apply_absolute(q, query_offset, segment.memo), self.apply_absolute(k, offset, memo)
         return q, k, self.score_bias(offset, memo)
+
+    def step(self, q: Tensor, position: Tensor, plan: DecodePlan, memo: Memoize) -> tuple[Tensor, ScoreBias | None]:
+        """Return the query of one token per stream with its position, and the bias of its scores.
+
+        Args:
+            q: ``(batch, 1, heads, head_dim)``.
+            position: ``(batch, 1)`` float64.
+            plan: Slots that the token sees, whose keys have positions.
+            memo: Cache of values computed from ``position``.
+        """
+        return self.apply_absolute(q, position, memo), self.score_bias(plan.offset, plan.visibility.memo)
+
+    def check_memories(self, *memories: Memory[Any]) -> None:
+        """Raise MemtxError if a memory of the layer cannot be used with these positions."""
+
+    def reset_parameters(self, std: float) -> None:
+        """Initialize the weights, if any, with a standard deviation."""
 
     def apply_absolute(self, x: Tensor, position: Tensor, memo: Memoize) -> Tensor:
         """Return queries or keys ``(batch, n, heads, head_dim)`` in a form whose products depend on distances alone.

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtx.ops.attention import sparse
-from memtx.ops.attention.bias import ScoreBias, bias_requires_grad, compute_block_bias
+from memtx.ops.attention.bias import ScoreBias, compute_block_bias, is_unfused
 from memtx.ops.attention.mask import Visibility, create_mask, find_key_ranges
-from memtx.ops.attention.reference import compute_scores, merge_attention, repeat_kv, softmax_attention
+from memtx.ops.attention.reference import merge_attention, repeat_kv, softmax_attention
+from memtx.ops.attention.scores import compute_scores
 from memtx.ops.cpu import sdpa_cpu
 
 BLOCK_SIZE = 128
@@ -85,7 +86,7 @@ def attend(
     has_random = pattern is not None and pattern.random_blocks is not None
     has_global = pattern is not None and pattern.global_queries is not None
     on_cpu = q.device.type == "cpu"
-    unfused = bias_requires_grad(bias) or dropout > 0.0 or torch.compiler.is_exporting()
+    unfused = is_unfused(bias) or dropout > 0.0 or torch.compiler.is_exporting()
     # The CPU kernel computes random blocks with the bands; otherwise they are merged by log-sum-exp.
     gather = has_random and bias is None and not unfused and on_cpu
     out: Tensor

@@ -1,4 +1,4 @@
-"""Additive score biases: linear in distance (ALiBi), learned per distance (T5, Transformer-XL), or one number per key.
+"""Additive score biases: by distance (ALiBi, T5), by query and distance (Transformer-XL), by key (Expire-Span).
 
 Distance is the query's offset minus the key's: positive for the past.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtx.ops.attention.mask import BankSplit
+from memtx.ops.attention.scores import DistanceScores
 
 PAD_COLUMNS = 8
 """Columns that a key bias adds per head: one is used, eight keep the heads aligned in memory."""
@@ -36,6 +37,16 @@ class AlibiBias:
     def weight(self) -> Tensor:
         """``(heads, ...)``, the tensor that may be learned."""
         return self.slopes
+
+    @property
+    def heads(self) -> int:
+        """Number of heads."""
+        return self.slopes.shape[0]
+
+    @property
+    def num_keys(self) -> int:
+        """Number of keys."""
+        return self.key_offset.shape[-1]
 
     def compute_bias(self, distance: Tensor) -> Tensor:
         """Return the bias ``(batch, heads, ...)`` for distances ``(batch, heads or 1, ...)``."""
@@ -68,6 +79,16 @@ class RelativeBias:
         """``(heads, ...)``, the tensor that may be learned."""
         return self.table
 
+    @property
+    def heads(self) -> int:
+        """Number of heads."""
+        return self.table.shape[0]
+
+    @property
+    def num_keys(self) -> int:
+        """Number of keys."""
+        return self.key_offset.shape[-1]
+
     def compute_bias(self, distance: Tensor) -> Tensor:
         """Return the bias ``(batch, heads, ...)`` for distances ``(batch, heads or 1, ...)``."""
         num_distances = self.table.shape[1] if self.buckets is None else self.buckets.shape[0]
@@ -78,13 +99,52 @@ class RelativeBias:
         return self.table[heads.view(-1, *(1,) * (distance.dim() - 2)), index]
 
 
-ScoreBias = AlibiBias | RelativeBias
+@dataclass(frozen=True, eq=False)
+class ExpireBias:
+    """The logarithm of each key's factor beyond its span, besides another bias (Expire-Span, Sukhbaatar et al. 2021).
+
+    At a distance of d from a key of span e the factor is 1 + (e - d) / ramp, between 0 and 1.
+
+    Attributes:
+        spans: ``(batch, keys)``.
+        key_offset: ``(batch or 1, keys)``, offsets of the keys.
+        ramp: Distance within which a key fades.
+        base: The other bias, or None.
+    """
+
+    spans: Tensor
+    key_offset: Tensor
+    ramp: int
+    base: AlibiBias | RelativeBias | DistanceScores | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The tensor that may be learned."""
+        return self.spans
+
+    def compute_block(self, query_range: tuple[int, int], key_range: tuple[int, int]) -> Tensor:
+        """Return the bias for a block of queries and keys, ``(batch, heads or 1, queries, keys)``."""
+        keys = slice(*key_range)
+        offset = torch.arange(*query_range, device=self.spans.device)[None, :, None]
+        distance = (offset - self.key_offset[:, None, keys]).to(self.spans.dtype)
+        factor = 1.0 + (self.spans[:, None, keys] - distance) / self.ramp
+        bias = factor.clamp(torch.finfo(factor.dtype).eps, 1.0).log()[:, None]
+        return (
+            bias if self.base is None else bias + compute_block_bias(self.base, query_range, key_range).to(bias.dtype)
+        )
+
+
+ScoreBias = AlibiBias | RelativeBias | DistanceScores | ExpireBias
+"""Added to the scaled scores."""
 
 
 def split_bias(bias: ScoreBias | None, split: BankSplit) -> tuple[ScoreBias | None, ScoreBias | None]:
     """Return the biases of both parts of the keys, the same objects for the layers that share a bias and a split."""
     if bias is None:
         return None, None
+    if isinstance(bias, DistanceScores):
+        first = bias.num_keys - split.exact.num_keys
+        return bias.narrow(0, split.bank.num_keys), bias.narrow(first, split.exact.num_keys)
 
     def slices() -> tuple[ScoreBias, ScoreBias]:
         first = bias.key_offset.shape[1] - split.exact.num_keys
@@ -94,13 +154,17 @@ def split_bias(bias: ScoreBias | None, split: BankSplit) -> tuple[ScoreBias | No
     return split.bank.memo(("split_bias", bias), slices)
 
 
-def bias_requires_grad(bias: ScoreBias | None) -> bool:
-    """Return True if the bias needs a gradient."""
-    return bias is not None and bias.weight.requires_grad and torch.is_grad_enabled()
+def is_unfused(bias: ScoreBias | None) -> bool:
+    """Return True if the bias needs a gradient or depends on queries, which no fused kernel supports."""
+    if bias is None or isinstance(bias, DistanceScores):
+        return bias is not None
+    return bias.weight.requires_grad and torch.is_grad_enabled()
 
 
 def compute_block_bias(bias: ScoreBias, query_range: tuple[int, int], key_range: tuple[int, int]) -> Tensor:
     """Return the bias for a block of queries and keys, ``(batch or 1, heads, queries, keys)``."""
+    if isinstance(bias, DistanceScores | ExpireBias):
+        return bias.compute_block(query_range, key_range)
     offset = torch.arange(*query_range, device=bias.key_offset.device, dtype=bias.key_offset.dtype)
     distance = offset[None, :, None] - bias.key_offset[:, None, key_range[0] : key_range[1]]
     return bias.compute_bias(distance[:, None])

@@ -140,7 +140,7 @@ def _key_heads(x: Tensor, heads: slice, q: Tensor) -> Tensor:
 def _slopes(bias: ScoreBias) -> Tensor:
     if isinstance(bias, AlibiBias):
         return bias.slopes
-    message = "A dilated window does not support a bias learned by distance."
+    message = "A dilated window does not support relative positions or a bias learned by distance."
     raise MemtxError(message, "Use rotary positions or ALiBi, or a dilation of 1.")
 
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from memtx.errors import MemtxError, check_divisible
 from memtx.ops.attention import banded, flex, reference
-from memtx.ops.attention.bias import AlibiBias, RelativeBias, ScoreBias, bias_requires_grad
+from memtx.ops.attention.bias import AlibiBias, ExpireBias, RelativeBias, ScoreBias, is_unfused
 from memtx.ops.attention.dilation import attend_dilated
 from memtx.ops.attention.mask import SparsePattern, Visibility
+from memtx.ops.attention.scores import DistanceScores
 from memtx.ops.cpu import attention
 
 AttentionBackend = Literal["auto", "reference", "banded", "cpp", "flex", "triton"]
@@ -85,6 +86,9 @@ def segment_attention(
 
         return attend_dilated(q, k, v, visibility, bias, attend)
     if visibility.pattern is not None:
+        if isinstance(bias, DistanceScores):
+            message = "Relative positions do not support global queries or random blocks."
+            raise MemtxError(message, "Use rotary positions or ALiBi.")
         _check_pattern(q, visibility, visibility.pattern)
     if backend == "auto":
         name, reason = _choose_backend(q, visibility, bias, dropout)
@@ -154,7 +158,9 @@ def _find_unfused_feature(visibility: Visibility, bias: ScoreBias | None, dropou
     """Return a feature of the call that only 'banded' and 'reference' support, or None."""
     if dropout > 0.0:
         return "attention dropout"
-    if isinstance(bias, RelativeBias) or bias_requires_grad(bias):
+    if isinstance(bias, DistanceScores):
+        return "relative positions"
+    if isinstance(bias, RelativeBias | ExpireBias) or is_unfused(bias):
         return "a learned bias"
     return "global queries or random blocks" if visibility.pattern is not None else None
 
@@ -225,8 +231,10 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias:
     if visibility.visible_from.shape[0] not in (1, batch_size):
         message = f"The visibility has a batch of {visibility.visible_from.shape[0]}, q of {batch_size}."
         raise MemtxError(message, hint)
-    if bias is not None and (bias.weight.shape[0], bias.key_offset.shape[-1]) != (heads, keys):
-        size = f"{bias.weight.shape[0]} heads and {bias.key_offset.shape[-1]} keys"
+    if isinstance(bias, ExpireBias):
+        bias = bias.base
+    if bias is not None and (bias.heads, bias.num_keys) != (heads, keys):
+        size = f"{bias.heads} heads and {bias.num_keys} keys"
         raise MemtxError(f"The bias has {size}, the tensors have {heads} and {keys}.", hint)
 
 

@@ -18,13 +18,6 @@ def repeat_kv(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def compute_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Return scale * q k', in float32 or wider even under autocast."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
-        return (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * scale
-
-
 def softmax_attention(scores: Tensor, mask: Tensor, v: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
     """Return softmax(scores) v over the visible keys and the log-sum-exp of the scores, both with gradient.
 

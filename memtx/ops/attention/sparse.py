@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtx.errors import MemtxError
-from memtx.ops.attention.bias import ScoreBias
+from memtx.ops.attention.bias import ExpireBias, ScoreBias
 from memtx.ops.attention.mask import SparsePattern, Visibility, is_inside
-from memtx.ops.attention.reference import compute_scores, repeat_kv, softmax_attention
+from memtx.ops.attention.reference import repeat_kv, softmax_attention
+from memtx.ops.attention.scores import DistanceScores, compute_scores
 
 PLANNED_LENGTHS = (1024, 3072, 4096)
 """Lengths in tokens, rounded up to whole blocks, that use the first rule of :func:`sample_random_blocks`."""
@@ -105,7 +106,9 @@ def attend_random_blocks(
         return key_blocks[:, head[:, None, None], table].flatten(3, 4)
 
     scores = compute_scores(split_blocks(q, table.shape[1]), gather_keys(k), scale)
+    assert not isinstance(bias, ExpireBias), "spans belong to a causal window"
     if bias is not None:
+        assert not isinstance(bias, DistanceScores)
         offset = torch.arange(table.shape[1] * size, device=q.device).view(-1, size, 1)
         distance = offset - _gather_per_key(bias.key_offset, pattern, table, num_key_blocks)
         scores = scores + bias.compute_bias(distance).to(scores.dtype)
@@ -126,7 +129,9 @@ def attend_global_queries(
     mask = is_inside(offset[..., None], pattern.document_start[:, None], pattern.document_end[:, None])
     mask = mask | is_inside(offset[..., None], visibility.visible_from[:, None], visibility.visible_until[:, None])
     scores = compute_scores(q.gather(2, index), repeat_kv(k, q.shape[1]), scale)
+    assert not isinstance(bias, ExpireBias), "spans belong to a causal window"
     if bias is not None:
+        assert not isinstance(bias, DistanceScores)
         distance = (offset[..., None] - bias.key_offset[:, None])[:, None]
         scores = scores + bias.compute_bias(distance).to(scores.dtype)
     global_out, global_lse = softmax_attention(scores, mask[:, None], repeat_kv(v, q.shape[1]), dropout)

@@ -20,7 +20,7 @@ class _FrozenRows(NamedTuple):
     """Rows of a parameter and the values that they keep."""
 
     parameter: nn.Parameter
-    index: slice
+    indices: slice
     values: Tensor
 
 
@@ -61,30 +61,30 @@ class Freeze(pl.Callback):
                     f"Use names such as '{names[0]}'; * matches anything.",
                 )
             if match is not None:
-                index = slice(*(int(bound) if bound else None for bound in match.groups()[1:]))
-                self._freeze_rows(trainer, [parameters[name] for name in matching], index, pattern)
+                indices = slice(*(int(bound) if bound else None for bound in match.groups()[1:]))
+                self._freeze_rows(trainer, [parameters[name] for name in matching], indices, pattern)
         self.on_train_epoch_start(trainer, pl_module)
 
-    def _freeze_rows(self, trainer: pl.Trainer, parameters: list[nn.Parameter], index: slice, pattern: str) -> None:
+    def _freeze_rows(self, trainer: pl.Trainer, parameters: list[nn.Parameter], indices: slice, pattern: str) -> None:
         """Keep the values of rows, which the optimizer would change by momentum and decay without a gradient."""
         for parameter in parameters:
-            values = parameter.detach()[index].clone()
+            values = parameter.detach()[indices].clone()
             if not len(values):
                 message = f"'{pattern}' has no rows: the parameter has {len(parameter)}."
                 raise MemtxError(message, "Give rows that it has.")
-            frozen = _FrozenRows(parameter, index, values)
+            frozen = _FrozenRows(parameter, indices, values)
 
-            def drop_gradient(gradient: Tensor, index: slice = index) -> Tensor:
+            def drop_gradient(gradient: Tensor, indices: slice = indices) -> Tensor:
                 if self._is_trained(trainer):
                     return gradient
                 gradient = gradient.clone()
-                gradient[index] = 0.0
+                gradient[indices] = 0.0
                 return gradient
 
             def restore(*_: Any, frozen: _FrozenRows = frozen) -> None:
                 if not self._is_trained(trainer):
                     with torch.no_grad():
-                        frozen.parameter[frozen.index] = frozen.values
+                        frozen.parameter[frozen.indices] = frozen.values
 
             self._hooks.append(parameter.register_hook(drop_gradient))  # type: ignore[no-untyped-call]
             self._hooks += [optimizer.register_step_post_hook(restore) for optimizer in trainer.optimizers]

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memtx.ops.attention.reference import compute_scores, merge_attention
+from memtx.ops.attention.reference import merge_attention
+from memtx.ops.attention.scores import compute_scores
 
 
 def attention(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
