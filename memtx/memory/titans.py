@@ -108,9 +108,10 @@ class TitansMemory(Memory[TitansState]):
             torch.randn(heads, *sizes) / math.sqrt(sizes[0]) for sizes in itertools.pairwise(widths)
         )
         self.query, self.key, self.value = (Linear(dim, dim, bias=False) for _ in range(3))
-        # Steps and forgetting can reach 0, so that a token may leave the memory as it is.
+        # Steps can reach 0, so that a token may write nothing. Forgetting, small at first, is a plain sigmoid, which
+        # always has a gradient.
         self.step_gate = Gate(dim, heads)
-        self.forget_gate = Gate(dim, heads, bias_init=-3.0)
+        self.forget_gate = Gate(dim, heads, bias_init=-5.0, stretch=0.0)
         self.momentum_gate = Linear(dim, heads)
         self.read_norm = nn.RMSNorm(dim)
         self.token_shift = TokenShift(dim) if token_shift else None

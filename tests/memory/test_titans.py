@@ -165,7 +165,7 @@ def test_a_pair_written_is_read_and_closed_gates_change_nothing() -> None:
     with torch.no_grad():
         for gate, bias in (
             (memory.step_gate.proj, 9.0),
-            (memory.forget_gate.proj, -9.0),
+            (memory.forget_gate.proj, -40.0),
             (memory.momentum_gate, -40.0),
         ):
             gate.weight.zero_()
