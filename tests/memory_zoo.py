@@ -194,3 +194,6 @@ CHOOSING = {
 UNCOUNTED = {"recurrent-dilated", "recurrent-dilated-head", "sinks-with-positions", "dual"}
 UNCOUNTED |= {kind for kind in KINDS if kind.startswith("top-k")}
 """Kinds that relative positions do not support."""
+
+READ_ON_HOST = {"tokens", "ernie-doc", "rmt", "armt", "titans", "titans-context", "block-recurrent", "infini-delta"}
+"""Kinds of intervals that read on the host where these end or how many documents start in a call, once per call."""

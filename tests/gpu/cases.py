@@ -24,7 +24,7 @@ from memtx.ops.attention import flex
 from memtx.ops.cross_entropy import linear_cross_entropy
 from tests.gpu.fake_cuda import GraphCounter, LaunchCounter, MemoryTracker, cuda_autocast
 from tests.gpu.fake_inductor import InductorTimer
-from tests.memory_zoo import KINDS
+from tests.memory_zoo import KINDS, READ_ON_HOST
 
 VOCAB = 64
 
@@ -167,8 +167,7 @@ CASES: dict[str, Callable[[], None]] = {
     for name, check in list(globals().items())
     if name.startswith("check_") and name != "check_memory"
 }
-# "tokens" and "ernie-doc" split calls where documents' intervals end, which they read on the host.
-CASES |= {f"memory-{name}": partial(check_memory, name) for name in KINDS if name not in ("tokens", "ernie-doc")}
+CASES |= {f"memory-{name}": partial(check_memory, name) for name in KINDS if name not in READ_ON_HOST}
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from memtx.ops.attention.dispatch import has_triton
-from tests.memory_zoo import KINDS
+from tests.memory_zoo import KINDS, READ_ON_HOST
 
 pytestmark = [
     pytest.mark.skipif(not has_triton(), reason="the package triton is not installed"),
@@ -30,8 +30,7 @@ FAST = (
 SLOW = (
     "flex_graphs",
     "training_step_of_two_layers",
-    # "tokens" and "ernie-doc" split calls where documents' intervals end, which they read on the host.
-    *(f"memory-{name}" for name in KINDS if f"memory-{name}" not in FAST and name not in ("tokens", "ernie-doc")),
+    *(f"memory-{name}" for name in KINDS if f"memory-{name}" not in FAST and name not in READ_ON_HOST),
 )
 RunCase = Callable[[str], str | None]
 
