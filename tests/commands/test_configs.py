@@ -29,13 +29,13 @@ BOOKS |= {"longformer-lm-enwik8", "longformer-lm-text8"}
 BOOKS |= {"memformer"}
 TRANSFORMER_XL = {"wt103", "wt103-large", "enwik8", "enwik8-24", "text8"}
 PRETRAINING = {"longformer-mlm", "bigbird-mlm", "reformer-clm", "distilbert"}
-PRETRAINING |= {"tinybert-general", "tinybert-general-long", "xlnet"}
+PRETRAINING |= {"tinybert-general", "tinybert-general-long", "xlnet", "span-corruption"}
 SYNTHETIC = {"recall"}
 SERIES = {"series"}
 TASKS = {"movie-reviews": "classification", "conll2000": "tagging", "rte": "matching", "squad2": "questions"}
 TASKS |= {"multiple-choice": "multiple_choice", "multi-label": "multi_label"}
 TASKS |= {name: name for name in ("retrieval", "dialogue")}
-SUMMARIES = {"summaries", "led-summaries", "dialogue-replies", "span-corruption"}
+SUMMARIES = {"summaries", "led-summaries", "dialogue-replies"}
 BACKBONES = {*TASKS, "tinybert-task"}
 """Configs of tasks, whose model is a backbone with a head; those with a teacher are trained in test_distil."""
 

@@ -96,7 +96,7 @@ def logits(model: MemoryTransformer, *lengths: int) -> Tensor:
 
 @pytest.mark.parametrize("kind", STACKS)
 def test_every_use_of_a_weight_sees_its_adapter(kind: str) -> None:
-    plain = base(STACKS[kind](), kv_heads=2)
+    plain = base(STACKS[kind](), heads=2, kv_heads=1)
     adapted = copy.deepcopy(plain)
     before = logits(plain)
     LoRA(RANK)(untouched := copy.deepcopy(plain))
@@ -116,7 +116,7 @@ def test_every_use_of_a_weight_sees_its_adapter(kind: str) -> None:
 @pytest.mark.parametrize("kind", STACKS)
 def test_adapters_get_the_gradient_of_the_merged_weight(kind: str) -> None:
     """By the chain rule, from a model of merged weights; what is frozen in it is frozen in them."""
-    plain = base(STACKS[kind](), kv_heads=2)
+    plain = base(STACKS[kind](), heads=2, kv_heads=1)
     adapted = copy.deepcopy(plain)
     adapters = learned(adapted)
     expected = by_hand(plain, adapters)
