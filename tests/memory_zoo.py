@@ -191,7 +191,7 @@ CHOOSING = {
 }
 """Kinds that choose between states or store fewer bits, where rounding in float32 may change the whole result."""
 
-UNCOUNTED = {"recurrent-dilated", "recurrent-dilated-head", "sinks-with-positions", "dual"}
+UNCOUNTED = {"recurrent-dilated", "recurrent-dilated-head", "sinks-with-positions", "dual", "rmt"}
 UNCOUNTED |= {kind for kind in KINDS if kind.startswith("top-k")}
 """Kinds that relative positions do not support."""
 

@@ -147,6 +147,9 @@ class RMTMemory(SegmentMemory[RMTState]):
         MemtxError: A number is out of range.
     """
 
+    # The first segment of a stream has no memory tokens, so streams of a batch differ in their number of keys.
+    supports_relative_positions = False
+
     def __init__(self, dim: int, num_tokens: int = 10, interval: int = 512, bidirectional: bool = False) -> None:
         super().__init__(dim, num_tokens, interval, bidirectional)
         self.num_read_tokens = num_tokens

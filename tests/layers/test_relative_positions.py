@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memtx import CompressedMemory, FeedForward, MemoryTransformer, RecurrentMemory, RelativePositions, SinkMemory
+from memtx import (
+    CompressedMemory,
+    FeedForward,
+    MemoryTransformer,
+    RecurrentMemory,
+    RelativePositions,
+    RMTMemory,
+    SinkMemory,
+)
 from memtx.errors import MemtxError
 from memtx.inference.decoder import Decoder
 from memtx.layers.attention import MemoryAttention
@@ -202,6 +210,7 @@ def test_fused_backends_refuse_relative_positions(backend: AttentionBackend) -> 
         [top_k()(4, 2, 3)],
         [partial(RecurrentMemory, window=4, dilation=2)],
         [[partial(RecurrentMemory, window=4), partial(SinkMemory, exclude_recent=4, use_positions=True)]],
+        [partial(RMTMemory, num_tokens=2, interval=4)],
     ],
 )
 def test_entries_without_a_count_are_refused(memories: Any) -> None:
