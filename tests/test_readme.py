@@ -35,7 +35,15 @@ def test_links_and_named_files_exist(page: Path) -> None:
 
 def test_the_scripts_readme_lists_every_script() -> None:
     text = PAGES[1].read_text(encoding="utf-8")
-    helpers = {"benchmarking", "corruption", "http_client", "memory_stacks", "peers", "training_runs"}
+    helpers = {
+        "benchmarking",
+        "corruption",
+        "distillation_runs",
+        "http_client",
+        "memory_stacks",
+        "peers",
+        "training_runs",
+    }
     helpers |= {"book_reading", "book_stacks", "book_tables"}
     scripts = {path.name for path in (ROOT / "scripts").glob("*.py") if path.stem not in helpers}
     assert {name for name in scripts if name not in text} == set()
