@@ -9,7 +9,6 @@ in the upper half of the stack.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -91,8 +90,7 @@ class BlockRecurrentMemory(Memory[BlockRecurrentState]):
 
     def read(self, state: BlockRecurrentState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Read and update the vectors run by run."""
-        build = partial(IntervalRuns.from_segment, segment, self.interval)
-        runs: IntervalRuns = segment.memo((IntervalRuns, self.interval), build)
+        runs = IntervalRuns.from_segment(segment, self.interval)
         keys, values = (attention.project(x, name, frozen=False) for name in ("key", "value"))
         if keys.shape[2:] != (self.heads, self.dim // self.heads):
             message = f"heads is {self.heads} for a layer with {keys.shape[2]} heads of {keys.shape[3]}."

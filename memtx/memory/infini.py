@@ -7,8 +7,6 @@ so results do not depend on segmentation, and its attention within the segment i
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -72,8 +70,7 @@ class InfiniMemory(Memory[InfiniState]):
 
     def read(self, state: InfiniState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Write the call's tokens and read the matrix of each interval."""
-        build = partial(IntervalRuns.from_segment, segment, self.interval)
-        runs: IntervalRuns = segment.memo((IntervalRuns, self.interval), build)
+        runs = IntervalRuns.from_segment(segment, self.interval)
         parts = [attention.project(x, name, frozen=False) for name in ("query", "key", "value")]
         if parts[0].shape[2:] != (self.heads, self.dim // self.heads):
             message = f"heads is {self.heads} for a layer with {parts[0].shape[2]} heads of {parts[0].shape[3]}."

@@ -139,7 +139,12 @@ class IntervalRuns:
 
     @classmethod
     def from_segment(cls, segment: Segment, interval: int) -> IntervalRuns:
-        """Find the runs of a call in intervals of ``interval`` tokens."""
+        """Return the runs of a call in intervals of ``interval`` tokens, found once for all layers."""
+        runs: IntervalRuns = segment.memo((cls, interval), lambda: cls._find(segment, interval))
+        return runs
+
+    @classmethod
+    def _find(cls, segment: Segment, interval: int) -> IntervalRuns:
         length, position = segment.length, segment.position
         num_tokens = min(interval, length)
         # As many as a stream without document starts can have, so that shapes do not depend on the position.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -144,11 +143,6 @@ class TitansMemory(Memory[TitansState]):
     def _gate(self, reads: Tensor) -> Tensor:
         return torch.sigmoid(self.read_norm(reads))
 
-    def _runs(self, segment: Segment) -> IntervalRuns:
-        build = partial(IntervalRuns.from_segment, segment, self.interval)
-        runs: IntervalRuns = segment.memo((IntervalRuns, self.interval), build)
-        return runs
-
     def _begin_run(self, runs: IntervalRuns, index: int, *networks: Weights) -> tuple[Weights, Weights, Weights]:
         """Return start, weights and momentum at a run's first token."""
         begins = runs.starts_document[:, index, None, None, None]
@@ -178,7 +172,7 @@ class TitansMemory(Memory[TitansState]):
 
     def _learn(self, state: TitansState, x: Tensor, segment: Segment) -> tuple[Tensor, TitansState]:
         """Return the reads of inputs x, both ``(batch, length, dim)``, and the next state."""
-        runs = self._runs(segment)
+        runs = IntervalRuns.from_segment(segment, self.interval)
         shifted = self.token_shift(x, state.last_input, segment) if self.token_shift is not None else x
         networks, reads = (state.start, state.weights, state.momentum), []
         projected = self._project(shifted)
@@ -219,7 +213,7 @@ class TitansContextMemory(TitansMemory):
 
     def read(self, state: TitansState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Read the network of the interval's start."""
-        runs, reads = self._runs(segment), []
+        runs, reads = IntervalRuns.from_segment(segment, self.interval), []
         queries = F.silu(self.query(x)).to(torch.promote_types(x.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
             for index, part in enumerate(runs.split(queries)):
