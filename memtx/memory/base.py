@@ -229,3 +229,29 @@ class ReadoutMemory(Protocol):
 
     def readout(self, view: View, q: Tensor) -> Readout:
         """Answer queries without positions, ``(batch, length, heads, head_dim)``, from the segment's view."""
+
+
+def project_by_layer(
+    memory: Memory[Any], heads: int, x: Tensor, attention: ContentAttention, *projections: str
+) -> tuple[Tensor, ...]:
+    """Return projections of inputs by the layer of a memory that takes its heads for its own.
+
+    Args:
+        memory: Memory with ``heads`` heads.
+        heads: Number of heads, which must be the layer's.
+        x: Attention inputs, ``(batch, length, dim)``.
+        attention: The layer's attention.
+        *projections: Names of projections, as in :class:`ContentAttention`.
+
+    Returns:
+        One tensor per name, ``(batch, length, dim)``.
+
+    Raises:
+        MemtxError: The layer has other heads.
+    """
+    projected = [attention.project(x, projection, frozen=False) for projection in projections]
+    layer_heads, head_dim = projected[0].shape[2:]
+    if (layer_heads, head_dim) != (heads, memory.dim // heads):
+        message = f"heads is {heads} for a layer with {layer_heads} heads of {head_dim}."
+        raise MemtxError(message, f"Give {type(memory).__name__} heads: {layer_heads}, and the layer no head_dim.")
+    return tuple(part.flatten(2) for part in projected)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtx.errors import MemtxError, check_at_least
-from memtx.memory.base import ContentAttention, Memory, Readout, View
+from memtx.memory.base import ContentAttention, Memory, Readout, View, project_by_layer
 from memtx.memory.intervals import IntervalRuns
 from memtx.memory.parts import merge_heads, split_heads
 from memtx.ops.attention.reference import merge_attention, softmax_attention
@@ -91,11 +91,8 @@ class BlockRecurrentMemory(Memory[BlockRecurrentState]):
     def read(self, state: BlockRecurrentState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Read and update the vectors run by run."""
         runs = IntervalRuns.from_segment(segment, self.interval)
-        keys, values = (attention.project(x, name, frozen=False) for name in ("key", "value"))
-        if keys.shape[2:] != (self.heads, self.dim // self.heads):
-            message = f"heads is {self.heads} for a layer with {keys.shape[2]} heads of {keys.shape[3]}."
-            raise MemtxError(message, f"Give BlockRecurrentMemory heads: {keys.shape[2]}, and the layer no head_dim.")
-        tokens = torch.cat([self.token_query(x), keys.flatten(2), values.flatten(2)], dim=-1)
+        keys, values = project_by_layer(self, self.heads, x, attention, "key", "value")
+        tokens = torch.cat([self.token_query(x), keys, values], dim=-1)
         vectors = state.vectors.to(x.dtype)
         partial_output, lse = split_heads(state.partial_output.to(x.dtype), self.heads), state.partial_lse.mT
         reads = []

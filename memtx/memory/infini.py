@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memtx.errors import MemtxError, check_at_least, check_divisible
-from memtx.memory.base import ContentAttention, Memory, Readout, View
+from memtx.errors import check_at_least, check_divisible
+from memtx.memory.base import ContentAttention, Memory, Readout, View, project_by_layer
 from memtx.memory.intervals import IntervalRuns
 from memtx.memory.parts import merge_heads, split_heads
 from memtx.segment import Segment
@@ -71,12 +71,9 @@ class InfiniMemory(Memory[InfiniState]):
     def read(self, state: InfiniState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Write the call's tokens and read the matrix of each interval."""
         runs = IntervalRuns.from_segment(segment, self.interval)
-        parts = [attention.project(x, name, frozen=False) for name in ("query", "key", "value")]
-        if parts[0].shape[2:] != (self.heads, self.dim // self.heads):
-            message = f"heads is {self.heads} for a layer with {parts[0].shape[2]} heads of {parts[0].shape[3]}."
-            raise MemtxError(message, f"Give InfiniMemory heads: {parts[0].shape[2]}, and the layer no head_dim.")
+        parts = project_by_layer(self, self.heads, x, attention, "query", "key", "value")
         matrix, pending, reads = state.matrix, state.pending, []
-        projected = torch.cat([part.flatten(2) for part in parts], dim=-1).to(matrix.dtype)
+        projected = torch.cat(parts, dim=-1).to(matrix.dtype)
         with torch.autocast(x.device.type, enabled=False):
             for index, part in enumerate(runs.split(projected)):
                 q, k, v = (split_heads(projection, self.heads) for projection in part.chunk(3, dim=-1))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtx.errors import MemtxError, check_at_least, check_divisible, missing_package_error
-from memtx.memory.base import ContentAttention, Memory, Readout, View
+from memtx.memory.base import ContentAttention, Memory, Readout, View, project_by_layer
 from memtx.memory.parts import TokenShift, gather_entries, merge_heads, split_heads
 from memtx.memory.recurrent import sliding_window, update_cache
 from memtx.ops.attention.mask import Visibility, create_mask
@@ -258,7 +258,8 @@ class RetrievalMemory(Memory[RetrievalState]):
         settings = (self.cache_length, self.capacity, self.exclude_recent)
         window = segment.memo((RetrievalMemory, *settings), lambda: sliding_window(segment, *settings))
         if self.layer_projections:
-            parts = self._project_by_layer(x, attention)
+            q, k, v = project_by_layer(self, self.heads, x, attention, "query", "key", "value")
+            parts = q, k.detach(), v.detach()
         else:
             shifted = self.token_shift(x, state.last_input, segment) if self.token_shift is not None else x
             parts = self.query(x), self.key(shifted), self.value(x)
@@ -283,14 +284,6 @@ class RetrievalMemory(Memory[RetrievalState]):
         # Attention keeps its full share where nothing was retrieved.
         gate = torch.sigmoid(self.mix_gate).repeat_interleave(self.dim // self.heads) * has_match
         return Readout(split_heads(out, heads), gate=split_heads(gate, heads))
-
-    def _project_by_layer(self, x: Tensor, attention: ContentAttention) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the layer's queries, keys and values of x, each ``(batch, length, dim)``, the last two detached."""
-        q, k, v = (attention.project(x, name, frozen=False) for name in ("query", "key", "value"))
-        if q.shape[2] != self.heads:
-            message = f"heads is {self.heads} for a layer with {q.shape[2]} heads, whose projections it takes."
-            raise MemtxError(message, f"Give RetrievalMemory heads: {q.shape[2]}.")
-        return q.flatten(2), k.detach().flatten(2), v.detach().flatten(2)
 
     def _normalize_heads(self, x: Tensor) -> Tensor:
         """Normalize each head's part of x ``(batch, length, dim)`` to unit length."""
