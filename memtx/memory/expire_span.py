@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from memtx.errors import MemtxError, check_at_least
 from memtx.memory.base import ContentAttention, EntryPositions, View
-from memtx.memory.recurrent import RecurrentMemory, RecurrentState, count_past_tokens, sliding_window
+from memtx.memory.recurrent import RecurrentMemory, RecurrentState
 from memtx.ops.attention.bias import ExpireBias
 from memtx.segment import Segment
 
@@ -57,10 +57,8 @@ class ExpireSpanMemory(RecurrentMemory):
     def read(self, state: RecurrentState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Open [cache | segment], where every entry has its span."""
         view = super().read(state, x, segment, attention)
-        num_cached = min(count_past_tokens(segment), self.cache_length)
-        settings = (num_cached, self.window)
-        positions = segment.memo((ExpireSpanMemory, *settings), lambda: sliding_window(segment, *settings))
-        visibility, dtype = positions.visibility, torch.promote_types(x.dtype, torch.float32)
+        positions, dtype = view.entry_positions, torch.promote_types(x.dtype, torch.float32)
+        visibility, num_cached = positions.visibility, view.parts[0].shape[1]
         spans = self.max_span * torch.sigmoid(self.span_predictor(torch.cat(view.parts, dim=1))[..., 0].to(dtype))
         last = (spans.detach() + self.ramp).ceil().long()
         until = torch.minimum(visibility.visible_from + last, visibility.visible_until)

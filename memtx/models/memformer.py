@@ -25,6 +25,7 @@ from memtx.models.recurrent_lm import MemoryOutput
 from memtx.models.validation import check_segment, check_token_ids
 from memtx.ops.cpu.linear import Linear
 from memtx.ops.cross_entropy import IGNORE_INDEX
+from memtx.segment import Segment
 from memtx.state import MemoryState, state_dataclass
 
 
@@ -215,10 +216,9 @@ class Memformer(PretrainedModel):
         encoded = self.encode(past.tokens, is_token, slots)
         has_tokens = past.length > 0
         slots = torch.where(has_tokens[:, None, None], self.slot_attention(slots, encoded, is_token), slots)
-        document = mask = None
-        source_mask = is_token[:, None, None]
+        segment = Segment.from_document_starts(state.position, length, document_starts)
+        document, mask, source_mask = segment.document_id, None, is_token[:, None, None]
         if document_starts is not None:
-            document = document_starts.long().cumsum(1)
             is_same = document[:, :, None] == document[:, None]
             mask = (is_same & torch.ones_like(is_same[0]).tril())[:, None]
             # What is encoded belongs to the document that the segment begins in.
@@ -227,15 +227,14 @@ class Memformer(PretrainedModel):
         for block in cast(list[DecoderBlock], list(self.decoder)):
             x, _ = block(x, None, block.cross_attention.project(encoded), source_mask, mask)
         next_tokens, next_length = tokens, torch.full_like(past.length, length)
-        is_written, position = past.is_written | has_tokens, state.position + length
-        if document is not None:
+        is_written = past.is_written | has_tokens
+        if document_starts is not None:
             # The newest document's tokens are the last ones of the segment.
             next_length = (document == document[:, -1:]).sum(1)
             index = torch.arange(length, device=device) + length - next_length[:, None]
             next_tokens = tokens.gather(1, index.clamp(max=length - 1)).masked_fill(index >= length, 0)
-            is_new = document[:, -1] > 0
-            is_written, position = is_written & ~is_new, torch.where(is_new, next_length, position)
+            is_written = is_written & (document[:, -1] == 0)
         next_slots = slots.masked_fill(~is_written[:, None, None], 0.0).to(past.slots.dtype)
         next_tokens = F.pad(next_tokens, (0, self.segment_length - length))
         next_state = MemformerState(next_slots, is_written, next_tokens, next_length)
-        return cast(Tensor, self.decoder_norm(x)), MemoryState(position, ((next_state,),))
+        return cast(Tensor, self.decoder_norm(x)), MemoryState(segment.next_position, ((next_state,),))

@@ -20,6 +20,7 @@ from memtx.memory.recurrent import RecurrentState
 from memtx.models.encoder import EncoderOutput, init_normal
 from memtx.models.validation import check_segment, check_token_ids
 from memtx.ops.cpu.linear import linear
+from memtx.segment import Segment
 from memtx.state import MemoryState
 
 
@@ -288,11 +289,8 @@ class XLNet(PretrainedModel):
         """Return the number of hidden states carried of each open document, those no longer in memory included."""
         num_carried = tokens[:, : self.reuse_length].shape[1]
         position = tokens.new_zeros(len(tokens), dtype=torch.int64) if state is None else state.position
-        if document_starts is None:
-            return position + num_carried
-        is_start = document_starts[:, :num_carried]
-        last_start = (is_start * torch.arange(num_carried, device=tokens.device)).amax(1)
-        return torch.where(is_start.any(1), num_carried - last_start, position + num_carried)
+        document_starts = None if document_starts is None else document_starts[:, :num_carried]
+        return Segment.from_document_starts(position, num_carried, document_starts).next_position
 
     def _layers(self) -> list[TwoStreamBlock]:
         return cast(list[TwoStreamBlock], list(self.blocks))
