@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from memtx.layers.feed_forward import FeedForward
 from memtx.layers.positions.relative import sinusoidal_embedding
 from memtx.memory.parts import merge_heads, split_heads
+from memtx.ops.attention.scores import shift_rows
 from memtx.ops.cpu.linear import Linear
 
 
@@ -73,9 +74,7 @@ def bidirectional_relative_shift(scores: Tensor, num_keys: int, positions: Tenso
     if positions is not None:
         columns = n - positions[..., None] + torch.arange(num_keys, device=scores.device)
         return scores.gather(-1, columns[:, None].expand(-1, scores.shape[1], -1, -1))
-    # Row i starts at column n - i: in the flattened scores, rows start one less than a row's length apart.
-    flat = scores.flatten(-2)[..., n:]
-    return flat.reshape(*scores.shape[:-1], scores.shape[-1] - 1)[..., :num_keys]
+    return shift_rows(scores, n, num_keys)
 
 
 class TwoStreamAttention(nn.Module):

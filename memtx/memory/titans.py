@@ -58,11 +58,6 @@ class _Context:
     mask: Tensor
 
 
-def normalize(x: Tensor) -> Tensor:
-    """Normalize the last dimension to unit length."""
-    return F.normalize(x, dim=-1)
-
-
 class TitansMemory(Memory[TitansState]):
     """A neural memory that gates attention's output per channel (MAG, section 4.2).
 
@@ -168,7 +163,12 @@ class TitansMemory(Memory[TitansState]):
         step, momentum, alpha = gates.mT.chunk(3, dim=1)
         # Forgetting everything has no finite logarithm.
         log_keep = torch.log1p(-alpha.clamp(max=1.0 - 1e-6))
-        return normalize(q), normalize(k), v, Gates(self.max_step * step, F.logsigmoid(momentum), log_keep)
+        return (
+            F.normalize(q, dim=-1),
+            F.normalize(k, dim=-1),
+            v,
+            Gates(self.max_step * step, F.logsigmoid(momentum), log_keep),
+        )
 
     def _learn(self, state: TitansState, x: Tensor, segment: Segment) -> tuple[Tensor, TitansState]:
         """Return the reads of inputs x, both ``(batch, length, dim)``, and the next state."""
@@ -218,7 +218,8 @@ class TitansContextMemory(TitansMemory):
         with torch.autocast(x.device.type, enabled=False):
             for index, part in enumerate(runs.split(queries)):
                 start, _, _ = self._begin_run(runs, index, state.start, state.weights, state.momentum)
-                reads.append(merge_heads(apply_network(start, normalize(split_heads(part, self.heads)))))
+                q = F.normalize(split_heads(part, self.heads), dim=-1)
+                reads.append(merge_heads(apply_network(start, q)))
         retrieved = runs.join(reads).to(x.dtype)
         return View.readout_only(segment, _Context(state, retrieved, attention, self._mask(segment)))
 

@@ -15,6 +15,16 @@ def compute_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
         return (q.to(dtype) @ k.to(dtype).transpose(-1, -2)) * scale
 
 
+def shift_rows(scores: Tensor, first: int, num_keys: int) -> Tensor:
+    """Return ``num_keys`` columns of scores ``(..., queries, columns)``, of query i from column ``first`` - i on."""
+    num_queries, num_columns = scores.shape[-2:]
+    if num_queries == 1:
+        return scores[..., first : first + num_keys]
+    # In the flattened scores, rows start one less than a row's length apart.
+    flat = scores.flatten(-2)[..., first : first + num_queries * (num_columns - 1)]
+    return flat.reshape(*scores.shape[:-1], num_columns - 1)[..., :num_keys]
+
+
 @dataclass(frozen=True)
 class EntryCounts:
     """Distances of the entries beyond the exact window, in entries: query[i] - key[j].
@@ -100,10 +110,4 @@ class DistanceScores:
         farthest = stop - 1 + self.num_cached - low
         distance = torch.arange(farthest, farthest - (queries + keys - 1), -1, device=q.device)
         embedding = self.embedding[:, distance.clamp(0, self.embedding.shape[1] - 1)]
-        scores = compute_scores(q, embedding, 1.0)
-        if queries == 1:
-            return scores
-        # Rows of one column less shift each row by one against the previous one.
-        shape = queries, queries + keys - 2
-        flat = scores.flatten(-2)[..., queries - 1 : queries - 1 + shape[0] * shape[1]]
-        return flat.view(*flat.shape[:-1], *shape)[..., :keys]
+        return shift_rows(compute_scores(q, embedding, 1.0), queries - 1, keys)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,14 +14,6 @@ from torch import Tensor, nn
 from memtx.errors import MemtxError, closest_match
 
 _ROWS = re.compile(r"(.+)\[(\d*):(\d*)\]")
-
-
-class _FrozenRows(NamedTuple):
-    """Rows of a parameter and the values that they keep."""
-
-    parameter: nn.Parameter
-    indices: slice
-    values: Tensor
 
 
 class Freeze(pl.Callback):
@@ -62,32 +54,31 @@ class Freeze(pl.Callback):
                 )
             if match is not None:
                 indices = slice(*(int(bound) if bound else None for bound in match.groups()[1:]))
-                self._freeze_rows(trainer, [parameters[name] for name in matching], indices, pattern)
+                for name in matching:
+                    self._freeze_rows(trainer, parameters[name], indices, pattern)
         self.on_train_epoch_start(trainer, pl_module)
 
-    def _freeze_rows(self, trainer: pl.Trainer, parameters: list[nn.Parameter], indices: slice, pattern: str) -> None:
+    def _freeze_rows(self, trainer: pl.Trainer, parameter: nn.Parameter, indices: slice, pattern: str) -> None:
         """Keep the values of rows, which the optimizer would change by momentum and decay without a gradient."""
-        for parameter in parameters:
-            values = parameter.detach()[indices].clone()
-            if not len(values):
-                message = f"'{pattern}' has no rows: the parameter has {len(parameter)}."
-                raise MemtxError(message, "Give rows that it has.")
-            frozen = _FrozenRows(parameter, indices, values)
+        values = parameter.detach()[indices].clone()
+        if not len(values):
+            message = f"'{pattern}' has no rows: the parameter has {len(parameter)}."
+            raise MemtxError(message, "Give rows that it has.")
 
-            def drop_gradient(gradient: Tensor, indices: slice = indices) -> Tensor:
-                if self._is_trained(trainer):
-                    return gradient
-                gradient = gradient.clone()
-                gradient[indices] = 0.0
+        def drop_gradient(gradient: Tensor) -> Tensor:
+            if self._is_trained(trainer):
                 return gradient
+            gradient = gradient.clone()
+            gradient[indices] = 0.0
+            return gradient
 
-            def restore(*_: Any, frozen: _FrozenRows = frozen) -> None:
-                if not self._is_trained(trainer):
-                    with torch.no_grad():
-                        frozen.parameter[frozen.indices] = frozen.values
+        def restore(*_: Any) -> None:
+            if not self._is_trained(trainer):
+                with torch.no_grad():
+                    parameter[indices] = values
 
-            self._hooks.append(parameter.register_hook(drop_gradient))  # type: ignore[no-untyped-call]
-            self._hooks += [optimizer.register_step_post_hook(restore) for optimizer in trainer.optimizers]
+        self._hooks.append(parameter.register_hook(drop_gradient))  # type: ignore[no-untyped-call]
+        self._hooks += [optimizer.register_step_post_hook(restore) for optimizer in trainer.optimizers]
 
     def _is_trained(self, trainer: pl.Trainer) -> bool:
         return self.epochs is not None and trainer.current_epoch >= self.epochs
