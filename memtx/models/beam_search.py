@@ -79,6 +79,12 @@ class _Text:
         self.finished = sorted([*self.finished, (score, tokens)], key=lambda item: -item[0])[:num_beams]
 
 
+def check_max_length(model: EncoderDecoder, options: BeamSearchOptions) -> None:
+    """Raise MemtxError if the decoder has fewer positions than ``max_length``."""
+    if options.max_length > (limit := model.position_embeddings.num_embeddings):
+        raise MemtxError(f"max_length is {options.max_length}, the decoder has {limit} positions.", f"Give {limit}.")
+
+
 @torch.no_grad()
 def generate_targets(
     model: EncoderDecoder,
@@ -108,8 +114,7 @@ def generate_targets(
     """
     if choose is not None and options.num_beams > 1:
         raise MemtxError(f"num_beams is {options.num_beams}, but a single target is sampled.", "Give num_beams 1.")
-    if options.max_length > (limit := model.position_embeddings.num_embeddings):
-        raise MemtxError(f"max_length is {options.max_length}, the decoder has {limit} positions.", f"Give {limit}.")
+    check_max_length(model, options)
     hidden = model.encode(input_ids, attention_mask, global_attention_mask)
     state = model.start(hidden, attention_mask)
     beams = options.num_beams

@@ -19,6 +19,7 @@ from memtx.inference.chat_template import ChatTemplate
 from memtx.inference.predictor import BasePredictor
 from memtx.inference.sessions.pool import SessionPool
 from memtx.inference.text_to_text import TextToText
+from memtx.models.beam_search import check_max_length
 from memtx.ops.cpu.malloc import limit_arenas
 from memtx.serving import chat, completions, sessions
 from memtx.serving.errors import APIError, add_exception_handlers, check_model, to_api_error
@@ -91,10 +92,7 @@ def _generation_options(body: PredictBody, state: Any) -> dict[str, Any]:
         raise APIError(400, f"num_beams ({num_beams}) must be at most {max_beams}.", "Lower it.", param="num_beams")
     try:
         generation = predictor.generation.changed(**values)
-        limit = predictor.model.position_embeddings.num_embeddings
-        if generation.search.max_length > limit:
-            message = f"max_length is {generation.search.max_length}, the decoder has {limit} positions."
-            raise MemtxError(message, f"Give at most {limit}.")
+        check_max_length(predictor.model, generation.search)
     except MemtxError as error:
         api_error = to_api_error(error)
         api_error.param = next((name for name in values if error.message.startswith(name)), name)

@@ -146,20 +146,17 @@ class SpanCorruptionModule(TokenPredictionModule):
             raise MemtxError("sentinel_ids repeat an id or have a negative one.", "Give distinct ids of tokens.")
         _, num_spans = count_noise(segment_length or 2, noise_density, mean_span_length)
         if (missing := num_spans + 1 - len(self.sentinel_ids)) > 0:
-            message = (
-                f"{num_spans} spans in {segment_length or 2} tokens need {num_spans + 1} sentinels, one after the "
-            )
+            needed = f"{num_spans} spans in {segment_length or 2} tokens need {num_spans + 1} sentinels"
+            message = f"{needed}, one after the last; there are {len(self.sentinel_ids)}, {missing} are missing."
             hint = "Give more model.sentinel_ids, or" if known else f"Set model.num_sentinels to {num_spans + 1}, or"
-            message += f"last; there are {len(self.sentinel_ids)}, {missing} are missing."
             raise MemtxError(message, f"{hint} raise model.mean_span_length or cut data.segment_length.")
         num_tokens = max([vocab_size - 1, *self.sentinel_ids]) + 1
         if pretrained is not None:
             self.model = load_initial_model(pretrained, EncoderDecoder, "an encoder-decoder", vocab_size)
             if (missing := num_tokens - self.model.vocab_size) > 0:
-                message = f"The sentinels have ids up to {num_tokens - 1}, '{pretrained}' has {self.model.vocab_size} "
-                message += f"ids: {missing} are missing" + (
-                    "." if known else ", and the tokenizer has no <extra_id_0>."
-                )
+                ids = f"The sentinels have ids up to {num_tokens - 1}, '{pretrained}' has {self.model.vocab_size} ids"
+                reason = "" if known else ", and the tokenizer has no <extra_id_0>"
+                message = f"{ids}: {missing} are missing{reason}."
                 raise MemtxError(message, "Give ids of tokens that texts do not use as model.sentinel_ids.")
         elif model is not None:
             self.model = model(num_tokens)

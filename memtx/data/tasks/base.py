@@ -211,16 +211,12 @@ def build_inputs(
     if second_ids is not None:
         num_separators = tokenizer.num_pair_separators
         second_parts = (*[sep] * (num_separators - 1), second_ids, sep)
-    cls = np.array([tokenizer.cls_token_id])
-    num_prefix_tokens = tokenizer.num_prefix_tokens
-    frame = ([cls], []) if num_prefix_tokens else ([], [cls])
-    ids = np.concatenate([*frame[0], first_ids, sep, *second_parts, *frame[1]]).astype(np.int64)
-    positions = np.arange(len(ids))
-    types = (positions >= len(first_ids) + num_prefix_tokens + num_separators).astype(np.int64)
-    if num_prefix_tokens:
-        return ids, types, positions == 0
-    types[-1] = CLS_TYPE
-    return ids, types, positions == len(ids) - 1
+    cls, texts = np.array([tokenizer.cls_token_id]), np.concatenate([first_ids, sep, *second_parts])
+    types = (np.arange(len(texts)) >= len(first_ids) + num_separators).astype(np.int64)
+    position = len(texts) if tokenizer.has_cls_last else 0  # of [CLS]
+    ids = np.insert(texts.astype(np.int64), position, cls)
+    types = np.insert(types, position, CLS_TYPE if position else 0)
+    return ids, types, np.arange(len(ids)) == position
 
 
 def keep_newest(ids: IntArray, limit: int) -> IntArray:
