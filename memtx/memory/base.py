@@ -53,13 +53,13 @@ class EntryPositions:
         visibility: First and last query that sees each entry, with static bounds, in order.
         bank_split: The visibility split into what lies beyond the exact window and the window. None splits off the
             first key range.
-        counts: Distances, in entries, of the entries before the exact ones. None if there are none.
+        counts: Computes the distances, in entries, of those before the exact ones. None if there are none.
     """
 
     offset: Tensor
     visibility: Visibility
     bank_split: BankSplit | None = None
-    counts: EntryCounts | None = None
+    counts: Callable[[], EntryCounts] | None = None
 
 
 @dataclass(frozen=True)

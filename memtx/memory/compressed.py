@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -272,7 +273,8 @@ class CompressedMemory(Memory[CompressedState]):
                 segment.length,
                 self._key_ranges(segment.length, evicted.evicted_at.shape[1]),
             ),
-            counts=self._count_entries(segment, evicted, block),
+            # Not of the segment, which holds this plan: a cycle would outlive the call.
+            counts=partial(self._count_entries, segment.position, past_length, evicted.evicted_at, block),
         )
 
         # The next bank: the newest entries of the newest document, oldest first.
@@ -285,15 +287,21 @@ class CompressedMemory(Memory[CompressedState]):
         indices = age_order.argsort(dim=1, stable=True)[:, age_order.shape[1] - num_entries :]
         return BankPlan(indices, (age_order.gather(1, indices) > -INFINITE_OFFSET)[..., None], entry_positions)
 
-    def _count_entries(self, segment: Segment, evicted: EvictedBlocks, block: Tensor) -> EntryCounts:
-        """Return the distances of [bank | blocks], in which ``compression_rate`` states became one position."""
-        rate, length = self.compression_rate, segment.length
-        position = segment.past_length[:, None] - 1 if self.compress_per_segment else segment.position
-        num_evicted = self._num_evicted(position)
-        newest = self._num_evicted(segment.position.gather(1, evicted.evicted_at)) - 1
-        query = segment.position
+    def _count_entries(self, position: Tensor, past_length: Tensor, evicted_at: Tensor, block: Tensor) -> EntryCounts:
+        """Return the distances of [bank | blocks], in which ``compression_rate`` states became one position.
+
+        Args:
+            position: Position of each token of the call, ``(batch, length)``.
+            past_length: Tokens of the open document before the call, ``(batch, 1)``.
+            evicted_at: Offset at which each block leaves the window, ``(batch, blocks)``.
+            block: Number of each entry of the bank in its document, ``(batch, num_entries)``.
+        """
+        rate = self.compression_rate
+        num_evicted = self._num_evicted(past_length - 1 if self.compress_per_segment else position)
+        newest = self._num_evicted(position.gather(1, evicted_at)) - 1
+        query = position
         if self.compress_per_segment:
-            query = segment.past_length[:, None] + torch.arange(length, device=position.device)
+            query = past_length + torch.arange(position.shape[1], device=position.device)
         bounds = self.window, self.window + rate + self.num_entries
         key = torch.cat([block, newest], dim=1)
         return EntryCounts(query - (rate - 1) * num_evicted, key, *bounds, slope=int(self.compress_per_segment))

@@ -190,7 +190,7 @@ class DecodePlan:
         visible: Slots that the token sees, ``(batch, slots)`` bool.
         visibility: Visibility of the slots for one query.
         offset: Offset of each slot's entry from the query, ``(batch, slots)`` float64.
-        distance: Distance of each slot's entry from the query in entries, ``(batch, slots)`` int64.
+        distance: Computes the distance of each slot's entry from the query in entries, ``(batch, slots)`` int64.
         block_slots: Slots of the block that leaves the window, ``(batch, compression_rate)`` int64; None if no stream
             evicts one.
         recent_slots: Slots of the newest positions, in the same form.
@@ -204,7 +204,7 @@ class DecodePlan:
     visible: Tensor
     visibility: Visibility
     offset: Tensor
-    distance: Tensor
+    distance: Callable[[], Tensor]
     block_slots: Tensor | None
     recent_slots: Tensor | None
     bank_slot: Tensor
@@ -248,7 +248,6 @@ class DecodeStep(Memo):
         first_exact = num_evicted[:, None] * rate
         visible = torch.cat([block >= 0, (position >= first_exact) & (position >= 0)], dim=1)
         offset = torch.cat([layout.block_center(block), position.double()], dim=1) - current
-        distance = torch.cat([current - (rate - 1) * num_evicted[:, None] - block, current - position], dim=1)
         visible_from = torch.where(visible, 0, 1)
         age = self.position - layout.window + 1
         block_slots = recent_slots = None
@@ -263,7 +262,9 @@ class DecodeStep(Memo):
             visible=visible,
             visibility=Visibility(visible_from, torch.ones_like(visible_from), 1, ranges),
             offset=offset,
-            distance=distance,
+            distance=lambda: torch.cat(
+                [current - (rate - 1) * num_evicted[:, None] - block, current - position], dim=1
+            ),
             block_slots=block_slots,
             recent_slots=recent_slots,
             bank_slot=(num_evicted - 1).clamp(min=0) % max(layout.num_entries, 1),

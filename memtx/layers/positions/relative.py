@@ -79,15 +79,17 @@ class RelativePositions(Positions):
         self, q: Tensor, k: Tensor, entry_positions: EntryPositions, segment: Segment
     ) -> tuple[Tensor, Tensor, DistanceScores]:
         """Return queries and keys for the scores by content, and the scores by distance."""
-        visibility, counts = entry_positions.visibility, entry_positions.counts
+        visibility, count = entry_positions.visibility, entry_positions.counts
+        counts = None if count is None else visibility.memo(EntryCounts, count)
         max_distance = visibility.num_keys if (span := visibility.key_ranges[-1].max_span) is None else span - 1
         scores = self._scores(q, visibility.num_keys, counts, max_distance, visibility.memo)
         return q + self.content_bias.to(q.dtype), k, scores
 
     def step(self, q: Tensor, position: Tensor, plan: DecodePlan, memo: Memoize) -> tuple[Tensor, DistanceScores]:
         """Return the query of one token per stream for the scores by content, and the scores by distance."""
-        counts = EntryCounts(torch.zeros_like(plan.distance[:, :1]), -plan.distance, 0, plan.distance.shape[1])
-        scores = self._scores(q, plan.distance.shape[1], counts, 0, plan.visibility.memo)
+        distance = plan.visibility.memo(EntryCounts, plan.distance)
+        counts = EntryCounts(torch.zeros_like(distance[:, :1]), -distance, 0, distance.shape[1])
+        scores = self._scores(q, distance.shape[1], counts, 0, plan.visibility.memo)
         return q + self.content_bias.to(q.dtype), scores
 
     def _scores(
