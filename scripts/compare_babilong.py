@@ -106,7 +106,8 @@ def train(
         share, num_segments = seconds / arguments.seconds, stages[0]
         is_learned = len(recent) == recent.maxlen and probability[num_segments] > LEARNED
         if len(stages) > 1 and (is_learned or share > curriculum[num_segments]):
-            num_segments = stages.pop(0) and stages[0]
+            del stages[0]
+            num_segments = stages[0]
             recent.clear()
         # As many tokens in a batch of every length, down to a minimum of episodes.
         batch_size = max(arguments.batch_size // num_segments, arguments.batch_size // 4)

@@ -120,9 +120,19 @@ def train_masked_teacher(seed: int, arguments: argparse.Namespace) -> tuple[Path
     return teacher, stories
 
 
-def count_equal_steps(steps: int, distilled: Path, control: Path) -> int:
-    """Return the steps of a control that take as long as a distilled run, whose ``steps`` the control has had too."""
-    seconds = [last_value(read_metrics(run), "cpu_seconds") for run in (distilled, control)]
+def run_folder(folder: Path, experiment: str, training: str, seed: int) -> Path:
+    """Return the folder of a student's run."""
+    return folder / f"{experiment}-{training.replace(', ', '-').replace(' ', '-')}-{seed}"
+
+
+def count_steps(steps: int, training: str, folder: Path, experiment: str, seed: int) -> int:
+    """Return the steps of a training: ``steps``, or as many as took the time of the distilled run."""
+    if not training.endswith("time"):
+        return steps
+    seconds = [
+        last_value(read_metrics(run_folder(folder, experiment, name, seed)), "cpu_seconds")
+        for name in ("distilled", "initialized")
+    ]
     return round(steps * seconds[0] / seconds[1])
 
 
@@ -131,12 +141,8 @@ def train_distilbert(seed: int, arguments: argparse.Namespace) -> dict[tuple[str
     teacher, stories = train_masked_teacher(seed, arguments)
     runs, steps = {("teacher", ""): teacher}, arguments.steps or STUDENT_STEPS
     for training in ("distilled", "initialized", "initialized, equal time", "alone"):
-        run_dir = arguments.output_dir / f"distilbert-{training.replace(', ', '-').replace(' ', '-')}-{seed}"
-        count = steps
-        if training.endswith("time"):
-            count = count_equal_steps(
-                steps, *(runs["half of the layers", name] for name in ("distilled", "initialized"))
-            )
+        run_dir = run_folder(arguments.output_dir, "distilbert", training, seed)
+        count = count_steps(steps, training, arguments.output_dir, "distilbert", seed)
         options = masked_options(TEACHER_DEPTH // 2, TEACHER_DIM, count)
         train(run_dir, "distilbert", stories / "texts", seed, [
             *options, *distillation_options(teacher, training.partition(",")[0], ""),
@@ -189,11 +195,9 @@ def train_tinybert(seed: int, arguments: argparse.Namespace) -> dict[tuple[str, 
         ("initialized, equal time", [*from_general, *without]),
         ("alone", [*scratch, *without, *one_decay(steps)]),
     ):
-        run_dir, count = folder / f"tinybert-{training.replace(', ', '-').replace(' ', '-')}-{seed}", steps
+        run_dir = run_folder(folder, "tinybert", training, seed)
+        count = count_steps(steps, training, folder, "tinybert", seed)
         if training.endswith("time"):
-            count = count_equal_steps(
-                steps, *(runs["half of layers and width", name] for name in ("distilled", "initialized"))
-            )
             options = [*options, *one_decay(count)]
         train(run_dir, "tinybert-task", data, seed, [*task_options(count), *options])
         runs["half of layers and width", training] = run_dir
